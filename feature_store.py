@@ -1,0 +1,113 @@
+"""Keep what a frozen backbone says of a photo, so that no photo goes through it twice.
+
+A store is one folder for one recipe (backbone, its weights, preprocessing, precision) with a file for every batch of
+features that was ever added. Nothing in it is changed later: a file is written aside, named by the SHA-256 of its own
+bytes and moved into place. So two runs can share a store, a killed run leaves whole files only, and a damaged file
+shows itself by its name.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+KEY_LENGTH = 32  # hexadecimal digits of a SHA-256, enough that no two photos of any collection meet
+FEATURES_A_FILE = 2048  # so that an interrupted run loses seconds of work
+
+logger = logging.getLogger("train_model")
+
+
+def digest(*parts):
+    """Name for a sequence of bytes and texts: the first 128 bits of their SHA-256, in hexadecimal."""
+    sha = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        sha.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
+        sha.update(part)
+    return sha.hexdigest()[:KEY_LENGTH]
+
+
+class FeatureStore:
+    """Features by key, on disk under `cache_dir`, in a folder of their own for each recipe.
+
+    `recipe` is a flat dict of all that the features depend on beside the key; features have `width` numbers of `dtype`.
+    A file that does not hold what its name promises is named in the log and removed. With `cache_dir` None it keeps
+    nothing. Raises OSError where the folder cannot be written, OverflowError for features that `dtype` cannot hold.
+    """
+
+    def __init__(self, cache_dir, recipe, width, dtype):
+        recipe = json.dumps({**recipe, "width": width, "dtype": np.dtype(dtype).name}, indent=2, sort_keys=True)
+        self.row = np.dtype([("key", f"S{KEY_LENGTH}"), ("feature", dtype, (width,))])
+        self.rows = np.empty(0, self.row)
+        self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("recipe.json", recipe.encode())
+            self.rows = np.concatenate([self.rows, *map(self._read, sorted(self.folder.glob("*.npy")))])
+        self.order = np.argsort(self.rows["key"], kind="stable")
+
+    def features(self, keys, compute):
+        """Features float32 (len(keys), width), those that are not kept by `compute(numbers of their keys)`.
+
+        `compute` yields arrays of features in the order of the numbers; they are kept as they come.
+        """
+        features = np.empty((len(keys), self.row["feature"].shape[0]), np.float32)
+        found, features_found = self.find(keys)
+        features[found] = features_found
+        missing = np.flatnonzero(~found)
+        logger.info(f"features: {found.sum():,} found, {len(missing):,} to compute")
+        started, done, waiting = time.perf_counter(), 0, []
+        for computed in compute(missing) if len(missing) else ():
+            with np.errstate(over="ignore"):  # it is refused below
+                waiting.append(computed.astype(self.row["feature"].base))  # kept or not: one answer for both
+            done += len(computed)
+            if sum(map(len, waiting)) >= FEATURES_A_FILE or done == len(missing):
+                computed, waiting = np.concatenate(waiting), []
+                if not np.isfinite(computed).all():
+                    raise OverflowError(f"a feature is beyond the range of {computed.dtype}")
+                numbers = missing[done - len(computed) : done]
+                features[numbers] = computed
+                self.add([keys[number] for number in numbers], computed)
+        if done:
+            seconds = time.perf_counter() - started
+            logger.info(f"features: {done:,} computed in {seconds:.1f} s, {done / seconds:.0f} photos/s")
+        return features
+
+    def find(self, keys):
+        """Which `keys` are kept, a mask (len(keys),), and the features of those (number found, width)."""
+        keys = np.array(keys, dtype=self.row["key"])
+        if not len(self.rows):
+            return np.zeros(len(keys), dtype=bool), self.rows["feature"]
+        place = np.searchsorted(self.rows["key"], keys, sorter=self.order)
+        candidate = self.order[np.minimum(place, len(self.order) - 1)]
+        found = self.rows["key"][candidate] == keys
+        return found, self.rows["feature"][candidate[found]]
+
+    def add(self, keys, features):
+        """Keep `features` (n, width) under `keys` for later runs; this object goes on answering as it was opened."""
+        if self.folder:
+            rows = np.empty(len(keys), self.row)
+            rows["key"], rows["feature"] = keys, features
+            content = io.BytesIO()
+            np.save(content, rows, allow_pickle=False)
+            self._write(f"{hashlib.sha256(content.getbuffer()).hexdigest()}.npy", content.getbuffer())
+
+    def _write(self, name, content):
+        if not (self.folder / name).exists():
+            partial = self.folder / f"{uuid.uuid4().hex}.partial"
+            partial.write_bytes(content)
+            os.replace(partial, self.folder / name)
+
+    def _read(self, path):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() == path.stem:
+            return np.load(io.BytesIO(content), allow_pickle=False)
+        logger.info(f"removed the damaged feature file {path}: what it held is computed again")
+        path.unlink(missing_ok=True)
+        return np.empty(0, self.row)

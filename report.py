@@ -1,0 +1,291 @@
+"""What a training run says of itself: the log, metrics.txt, the tables and the pictures, all in the target's unit."""
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torchvision
+from PIL import __version__ as pillow_version
+
+from feature_store import digest
+
+BOOTSTRAP_DRAWS = 2000
+
+logger = logging.getLogger("train_model")
+
+
+# ---------------------------------------------------------------- log
+
+
+@contextlib.contextmanager
+def logging_to_console():
+    """Log to the console, and keep the lines for the log file that a run opens once its input has proved sound."""
+    lines = logging.handlers.MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    console = logging.StreamHandler(sys.stdout)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [console, lines]
+    try:
+        yield lines
+    finally:
+        while logger.handlers:
+            handler = logger.handlers[0]
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def open_log(lines, path):
+    file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    lines.setTarget(file)
+    lines.flush()
+    logger.removeHandler(lines)
+    logger.addHandler(file)
+
+
+def log_run(run, args):
+    logger.info(f"command: {run['command']}")
+    logger.info("arguments: " + " ".join(f"{name}={value}" for name, value in run["arguments"].items()))
+    tree = {True: "clean", False: "with changes not committed", None: "unknown"}[run["clean_tree"]]
+    logger.info(f"commit {run['commit']}, tree {tree}")
+    logger.info(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
+    logger.info(f"device {run['device']} ({run['processor']}), precision {run['precision']}")
+
+
+def log_result(metrics, args):
+    unit, low_high = unit_of(args.target), metrics["val_rmse_ci95"]
+    interval = f" (95 % interval {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
+    how = (
+        f"{args.folds} folds, epoch {args.epochs}" if args.folds else f"best epoch {metrics['epoch']} of {args.epochs}"
+    )
+    logger.info(
+        f"validation RMSE {metrics['val_rmse']:.4f} {unit}{interval}, {how}; "
+        f"predicting the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
+    )
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def unit_of(target):
+    """Unit of the target: weights are in grams; of other columns the sheet does not tell it."""
+    return "g" if "weight" in target else ""
+
+
+def scores(table):
+    """Errors of the predictions in `table`, in the unit of the target (squared for mse)."""
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score, root_mean_squared_error
+
+    measured, predicted = table["measured"], table["predicted"]
+    return {
+        "val_mse": mean_squared_error(measured, predicted),
+        "val_rmse": root_mean_squared_error(measured, predicted),
+        "val_mae": mean_absolute_error(measured, predicted),
+        "val_r2": r2_score(measured, predicted) if len(table) > 1 else None,
+        "val_bias": table["error"].mean(),
+    }
+
+
+def rmse_interval(errors, plants, seed):
+    """95 % interval of the RMSE by a percentile bootstrap over plants, None for fewer than two plants.
+
+    Photos of one plant go together into each draw: their errors are alike, and rows drawn singly would make the
+    interval too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 8).
+    """
+    squares = pd.Series(np.square(errors)).groupby(np.asarray(plants)).agg(["sum", "size"]).to_numpy()
+    if len(squares) < 2:
+        return None
+    draws = np.random.default_rng(seed).multinomial(
+        len(squares), np.full(len(squares), 1 / len(squares)), BOOTSTRAP_DRAWS
+    )
+    total, rows = (draws @ squares).T
+    return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
+
+
+def summarize(predictions, chosen, splits, labels, args):
+    """All that metrics.txt says of the predictions, the study's three numbers first."""
+    score = scores(predictions)
+    metrics = {"val_mse": score["val_mse"], "val_rmse": score["val_rmse"], "epoch": chosen["epoch"], **score}
+    metrics["val_rmse_ci95"] = rmse_interval(predictions["error"].to_numpy(), predictions["plant"], args.seed)
+    metrics.update(chosen)
+    at_mean = predictions.assign(predicted=predictions["training_mean"])
+    metrics["baseline_mean_rmse"] = scores(at_mean)["val_rmse"]
+    sides = [
+        {
+            f"{side}_{what}": count
+            for side, rows in zip(("train", "val"), split, strict=True)
+            for what, count in (("rows", len(rows)), ("plants", labels["plant"].iloc[rows].nunique()))
+        }
+        for split in splits
+    ]
+    if not args.folds:
+        return metrics | sides[0]
+    each = [{"fold": fold, **scores(table)} for fold, table in predictions.groupby("fold")]
+    rmse = [row["val_rmse"] for row in each]
+    metrics |= {"val_rows": len(predictions), "val_plants": int(predictions["plant"].nunique())}
+    metrics["folds"] = {
+        "val_rmse_mean": float(np.mean(rmse)),
+        "val_rmse_sd": float(np.std(rmse, ddof=1)),
+        "each": [row | side for row, side in zip(each, sides, strict=True)],
+    }
+    return metrics
+
+
+def describe_run(argv, args, device, precision, labels):
+    """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
+    rows = labels[["filename", "content", args.target, *args.group_by]].to_csv(index=False)
+    return {
+        "command": f"python train_model.py {shlex.join(argv)}".rstrip(),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        **git_state(),
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, torchvision, np, pd)},
+            "pillow": pillow_version,
+        },
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "precision": precision,
+        "data_fingerprint": digest(rows),
+    }
+
+
+def git_state():
+    """Commit of this script and whether any Python file differs from it; None where git cannot tell."""
+
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py")
+        return {"commit": git("rev-parse", "HEAD"), "clean_tree": None if changed is None else not changed}
+    except OSError:
+        return {"commit": None, "clean_tree": None}
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Path to write to beside `path`; what is written there is moved over `path` once it is complete."""
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    logger.info(f"wrote {path}")
+
+
+def save_figure(figure, path):
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png", dpi=150)
+
+
+def write_report(history, predictions, metrics, args, open_photo):
+    """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
+    suffix = f"_{unit_of(args.target)}" if unit_of(args.target) else ""
+    renamed = {name: name + suffix for name in ("measured", "predicted", "error")}
+    columns = list(dict.fromkeys(["filename", *args.group_by, "fold", *renamed.values()]))
+    with whole_file(args.results_dir / "history.csv") as partial:
+        fold = ["fold"] if args.folds else []
+        history[[*fold, *history.columns.drop("fold")]].to_csv(partial, index=False)
+    with whole_file(args.results_dir / "predictions.csv") as partial:
+        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.7g")
+    plot_curves(history, metrics, args)
+    plot_predictions(predictions, metrics, args)
+    plot_worst(predictions, args, open_photo)
+    with whole_file(args.metrics_path) as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def new_figure(rows, columns, size):
+    from matplotlib.figure import Figure  # not pyplot: no window system, nothing kept between figures
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def plot_curves(history, metrics, args):
+    """Train and validation loss by epoch; with folds one thin line a fold and their mean."""
+    figure, axis = new_figure(1, 1, (8, 5))
+    history = history[history["fold"] > 0]
+    for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
+        if args.folds:
+            for _, fold in history.groupby("fold"):
+                axis.plot(fold["epoch"], fold[name], color=color, linewidth=0.7, alpha=0.5)
+            text += f", mean of {args.folds} folds"
+        mean = history.groupby("epoch")[name].mean()
+        axis.plot(mean.index, mean, color=color, marker="o", markersize=4, label=text)
+    if not args.folds:
+        axis.axvline(metrics["epoch"], color="grey", linestyle="--", linewidth=1)
+        axis.plot(
+            metrics["epoch"],
+            metrics["val_mse"],
+            "*",
+            color="black",
+            markersize=14,
+            zorder=3,
+            label=f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}",
+        )
+    unit = f" ({unit_of(args.target)}$^2$)" if unit_of(args.target) else ""
+    axis.set(xlabel="epoch", ylabel=f"mean squared error of {args.target}{unit}", title="Loss by epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, args.curves_path)
+
+
+def plot_predictions(predictions, metrics, args):
+    """Predicted against measured, and the error against the prediction."""
+    unit = f" ({unit_of(args.target)})" if unit_of(args.target) else ""
+    figure, (left, right) = new_figure(1, 2, (12, 5.5))
+    dots = {"s": 10, "alpha": 0.35, "linewidths": 0}
+    left.scatter(predictions["measured"], predictions["predicted"], **dots)
+    ends = [predictions[["measured", "predicted"]].min().min(), predictions[["measured", "predicted"]].max().max()]
+    left.plot(ends, ends, color="black", linewidth=1, label="equality")
+    left.set(xlabel=f"measured {args.target}{unit}", ylabel=f"predicted {args.target}{unit}")
+    left.legend()
+    right.scatter(predictions["predicted"], predictions["error"], **dots)
+    right.axhline(0, color="black", linewidth=1)
+    right.axhline(
+        metrics["val_bias"], color="tab:red", linestyle="--", linewidth=1, label=f"mean {metrics['val_bias']:.4f}"
+    )
+    right.set(xlabel=f"predicted {args.target}{unit}", ylabel=f"predicted - measured{unit}")
+    right.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    how = f"out of {args.folds} folds" if args.folds else f"validation, epoch {metrics['epoch']}"
+    r2 = "" if metrics["val_r2"] is None else f", R$^2$ {metrics['val_r2']:.3f}"
+    figure.suptitle(
+        f"n = {len(predictions):,} photos of {metrics['val_plants']:,} plants ({how}): "
+        f"RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}{r2}"
+    )
+    save_figure(figure, args.results_dir / "predictions.png")
+
+
+def plot_worst(predictions, args, open_photo):
+    """The nine photos with the largest errors."""
+    worst = predictions.iloc[np.argsort(-predictions["error"].abs().to_numpy(), kind="stable")[:9]]
+    figure, axes = new_figure(3, 3, (9, 10.5))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (_, row) in zip(axes.flat, worst.iterrows(), strict=False):
+        axis.imshow(open_photo(row["path"]))
+        unit = unit_of(args.target)
+        axis.set_title(
+            f"{row['filename']}\nmeasured {row['measured']:.3f} {unit}\npredicted {row['predicted']:.3f} {unit}",
+            fontsize=10,
+        )
+    figure.suptitle(f"The {len(worst)} largest errors of {len(predictions):,} photos")
+    save_figure(figure, args.results_dir / "worst_predictions.png")

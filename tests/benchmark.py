@@ -1,0 +1,231 @@
+"""How fast train_model.py is against the plain loop that the study would write, on the same rows in the same run.
+
+    python tests/benchmark.py --data_dir sample_data            # about half an hour for 4,294 rows on two cores
+    python tests/benchmark.py --data_dir sample_data --plain_batches 20 --repeats 1
+
+Writes results/benchmark.json, and prints the table of the README. Each run of train_model.py is a whole process, from
+the command to the report. The plain loop is timed on `--plain_batches` batches of training and as many of validation
+in each repetition, beside the run that it is compared with, and scaled up to that run's rows and epochs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import report  # noqa: E402
+import train_model  # noqa: E402
+
+TARGET = "fresh_weight_total"
+RUNS = {  # name: flags, whether it starts with an empty store
+    "2 epochs, batch 16, cold": (["--epochs", "2", "--batch_size", "16", "--learning_rate", "5e-4"], True),
+    "20 epochs, cold": ([], True),
+    "20 epochs again, warm": ([], False),
+    "20 epochs, other learning rate": (["--learning_rate", "3e-4"], False),
+    "1 epoch, all layers": (["--epochs", "1", "--unfreeze_backbone"], True),
+}
+
+
+class PlainDataset(Dataset):
+    def __init__(self, labels, transform):
+        self.labels, self.transform = labels, transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        image = train_model.open_photo(self.labels["path"].iloc[row])
+        return self.transform(image), torch.tensor(self.labels[TARGET].iloc[row], dtype=torch.float32)
+
+
+def plain_loop(labels, batch_size, batches, frozen, device):
+    """Seconds a row of the plain loop's training and validation, over so many batches of each."""
+    to_tensor = [
+        transforms.ToTensor(),
+        transforms.Normalize(train_model.IMAGENET_MEAN, train_model.IMAGENET_STD),
+    ]
+    jitter = [transforms.RandomHorizontalFlip(), transforms.RandomRotation(10), transforms.ColorJitter(0.2, 0.2, 0.1)]
+    resize = transforms.Resize((224, 224))
+    model = torchvision.models.resnet18(weights=None)
+    model.requires_grad_(not frozen)
+    model.fc = nn.Sequential(nn.Dropout(0.3), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1))
+    model.to(device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    criterion = nn.MSELoss()
+    seconds = {}
+    for phase, steps in (("train", [resize, *jitter, *to_tensor]), ("validate", [resize, *to_tensor])):
+        dataset = PlainDataset(labels.head((batches + 2) * batch_size), transforms.Compose(steps))
+        model.train(phase == "train")
+        with torch.set_grad_enabled(phase == "train"):
+            for number, (images, weights) in enumerate(DataLoader(dataset, batch_size, shuffle=phase == "train")):
+                if number == 2:  # two batches to warm up
+                    started, rows = time.perf_counter(), 0
+                images, weights = images.to(device), weights.to(device)
+                loss = criterion(model(images).squeeze(1), weights)
+                if phase == "train":
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                loss.item()
+                if number >= 2:
+                    rows += len(weights)
+        seconds[phase] = (time.perf_counter() - started) / rows
+    return seconds
+
+
+def run_ours(flags, data_dir, folder, device):
+    """Seconds, peak memory in MiB and metrics of one whole process of train_model.py."""
+    places = ["--results_dir", folder / "results", "--log_path", folder / "training.log"]
+    places += ["--model_out", folder / "model.pt", "--cache_dir", folder / "cache", "--device", device]
+    command = [sys.executable, ROOT / "train_model.py", "--data_dir", data_dir, "--weights", "none", *places, *flags]
+    peak, started = 0, time.perf_counter()
+    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
+    watcher = threading.Event()
+
+    def watch():
+        nonlocal peak
+        status = Path(f"/proc/{process.pid}/status")  # Linux tells the peak itself; elsewhere it stays 0
+        while not watcher.wait(0.05):
+            try:
+                line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+                peak = max(peak, int(line.split()[1]) / 1024)
+            except (OSError, StopIteration):
+                pass
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    status = process.wait()
+    seconds = time.perf_counter() - started
+    watcher.set()
+    thread.join()
+    if status:
+        raise SystemExit(f"train_model.py {' '.join(flags)} ended with status {status}")
+    return seconds, peak, json.loads((folder / "results" / "metrics.txt").read_text())
+
+
+def where_time_goes(labels, device, precision, photos_measured=320):
+    """Milliseconds a photo of each step of the extraction alone, and photos/s of the forward pass and of all steps."""
+    labels = labels.head(photos_measured)
+    photos = train_model.BiomassDataset(labels, TARGET, 42)
+    model = train_model.build_model("resnet18", "none", True, precision, device)
+    steps = {}
+
+    def clock(name, function):
+        started = time.perf_counter()
+        result = function()
+        steps[name] = (time.perf_counter() - started) / len(labels) * 1e3
+        return result
+
+    opened = clock("decode", lambda: [train_model.open_photo(path) for path in labels["path"]])
+    resize = train_model.transforms.resize
+    resized = clock("resize", lambda: [resize(photo, [train_model.IMAGE_SIZE] * 2) for photo in opened])
+    clock("augment", lambda: [photos.augment(photo, row, 0) for row, photo in enumerate(resized)])
+    extractor, size = model.extractor(), train_model.EXTRACTION_BATCH[device.type]
+    pairs = [(row, view) for row in range(len(labels)) for view in range(4)]
+    batches = train_model.PhotoBatches(photos, pairs, size)
+
+    def forward(images):
+        return [extractor(images.to(device)).cpu() for _ in range(len(pairs) // size)]
+
+    def extract():
+        return [extractor(images.to(device)).cpu() for images, _ in train_model.read_ahead(batches, 0)]
+
+    with torch.inference_mode():
+        images = batches[0][0]
+        forward(images)
+        rates = {"forward": [], "extraction": []}
+        for _ in range(3):
+            for name, function in (("forward", lambda: forward(images)), ("extraction", extract)):
+                started = time.perf_counter()
+                done = sum(map(len, function()))
+                rates[name].append(done / (time.perf_counter() - started))
+    share = statistics.median(e / f for e, f in zip(rates["extraction"], rates["forward"], strict=True))
+    medians = {f"{name}_photos_per_second": statistics.median(values) for name, values in rates.items()}
+    return {"ms_per_photo": steps, **medians, "extraction_over_forward": share}
+
+
+def compare(labels, args, device):
+    """Alternate the plain loop and the runs of train_model.py; medians and ratios of each."""
+    folder = Path(tempfile.mkdtemp(prefix="benchmark_"))
+    times = {name: [] for name in RUNS}
+    plain = {name: [] for name in RUNS}
+    peaks = dict.fromkeys(RUNS, 0)
+    for repeat in range(args.repeats):
+        for name, (flags, cold) in RUNS.items():
+            if cold:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            parsed = train_model.build_parser().parse_args(flags)
+            row_seconds = plain_loop(labels, parsed.batch_size, args.plain_batches, parsed.freeze_backbone, device)
+            seconds, peak, metrics = run_ours(flags, args.data_dir, folder, str(device))
+            epoch = row_seconds["train"] * metrics["train_rows"] + row_seconds["validate"] * metrics["val_rows"]
+            times[name].append(seconds)
+            plain[name].append(epoch * parsed.epochs)
+            peaks[name] = max(peaks[name], peak)
+            print(f"{repeat + 1}/{args.repeats} {name}: {seconds:.1f} s, plain {plain[name][-1]:.1f} s", flush=True)
+    shutil.rmtree(folder)
+    return {
+        name: {
+            "seconds": statistics.median(times[name]),
+            "plain_seconds": statistics.median(plain[name]),
+            "ratio": statistics.median(p / t for p, t in zip(plain[name], times[name], strict=True)),
+            "peak_mib": round(peaks[name]),
+            "all_seconds": times[name],
+            "all_plain_seconds": plain[name],
+        }
+        for name in RUNS
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="sample_data")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain_batches", type=int, default=12)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark.json")
+    args = parser.parse_args(argv)
+    device = train_model.pick_device(args.device)
+    precision = train_model.pick_precision("auto", device)
+    folder = Path(args.data_dir)
+    labels = train_model.load_labels(folder / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
+    labels = train_model.filter_missing_images(labels, folder / "images_med_res")
+    result = {
+        "rows": len(labels),
+        "repeats": args.repeats,
+        "plain_batches": args.plain_batches,
+        "device": str(device),
+        "precision": precision,
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        **report.git_state(),
+        "where_time_goes": where_time_goes(labels, device, precision),
+        "runs": compare(labels, args, device),
+    }
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"| run | plain loop (s) | train_model.py (s) | ratio | peak (MiB) |\n{'| --- ' * 5}|")
+    for name, run in result["runs"].items():
+        times = f"{run['plain_seconds']:.0f} | {run['seconds']:.1f} | {run['ratio']:.1f}"
+        print(f"| {name} | {times} | {run['peak_mib']} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The store's answer is the backbone's, its keys change with all that matters, and damage to it is survived."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import train_model
+from feature_store import FeatureStore
+
+TARGET = "fresh_weight_total"
+RECIPE = {"backbone": "resnet18", "weights": "a"}
+
+
+@pytest.fixture(scope="module")
+def photos(drawn):
+    labels = train_model.load_labels(drawn / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
+    return train_model.BiomassDataset(train_model.filter_missing_images(labels, drawn / "images_med_res"), TARGET, 42)
+
+
+def loader(photos, cache_dir, model, **flags):
+    """A FeatureLoader over ten training and ten validation photos, and the (row, view) pairs that it had to compute."""
+    arguments = [f"--{name}={value}" for name, value in {"cache_dir": cache_dir, **flags}.items()]
+    args = train_model.build_parser().parse_args(arguments)
+    computed = []
+
+    class Watched(train_model.FeatureLoader):
+        def extract(self, pairs):
+            computed.extend(pairs)
+            return super().extract(pairs)
+
+    return Watched(model, photos, [(np.arange(10), np.arange(10, 20))], args), computed
+
+
+def model_of(seed, precision="fp32"):
+    torch.manual_seed(seed)
+    return train_model.BiomassModel("resnet18", precision=precision)
+
+
+def test_stored_features_equal_those_of_the_whole_model(photos, tmp_path):
+    model = model_of(0)
+    for _ in range(2):  # computed, then found
+        features, computed = loader(photos, tmp_path, model, epochs=3)
+        batches = train_model.PhotoBatches(photos, [(row, 2) for row in range(10)], 10)
+        with torch.inference_mode():
+            direct = model.backbone(train_model.normalize(batches[0][0]))
+            plain = model.backbone(train_model.normalize(torch.stack([photos[row][0] for row in range(10, 20)])))
+        assert features.table[2][:10].numpy() == pytest.approx(direct.numpy(), rel=1e-4, abs=1e-5)
+        assert features.table[None][10:20].numpy() == pytest.approx(plain.numpy(), rel=1e-4, abs=1e-5)
+    assert computed == []
+    with torch.inference_mode():
+        model.eval()
+        predicted = torch.cat([model.head(batch) for batch, _ in features.validation(np.arange(10, 20))])
+        whole = model(torch.stack([photos[row][0] for row in range(10, 20)]))
+    assert predicted.numpy() == pytest.approx(whole.numpy(), abs=1e-5)
+
+
+def test_half_precision_moves_predictions_by_less_than_the_scale_reads(photos, tmp_path):
+    exact, half = model_of(0), model_of(0, "bf16")
+    for model in (exact, half):
+        features, _ = loader(photos, tmp_path, model, epochs=1)
+        model.table = features.table[None][10:20]
+    difference = (exact.table - half.table).abs().max() / exact.table.abs().max()
+    assert 0 < difference < 0.02
+
+
+def test_epochs_walk_through_the_views(photos, tmp_path):
+    model = model_of(0)
+    features, computed = loader(photos, tmp_path, model, augment_views=2, epochs=5)
+    assert len(computed) == 10 * 2 + 10
+    rows = np.arange(10)
+
+    def epoch(number):
+        order = train_model.shuffled(rows, 42, number)
+        batches = torch.cat([batch for batch, _ in features.train(rows, number)])
+        return batches[np.argsort(order)]
+
+    assert torch.equal(epoch(1), epoch(3)) and torch.equal(epoch(2), epoch(4))
+    assert not torch.equal(epoch(1), epoch(2))
+    fresh, computed = loader(photos, tmp_path, model, augment_views=0, epochs=5)
+    assert computed == []  # validation rows are in the store
+    list(fresh.train(rows, 1))
+    list(fresh.train(rows, 4))
+    assert [view for _, view in computed] == [0] * 10 + [3] * 10
+
+
+def test_a_view_does_not_depend_on_order_workers_or_batch(photos):
+    pairs = [(row, view) for row in range(6) for view in (None, 0, 1)]
+    wanted = {(row, view): photos[row, view][0] for row, view in reversed(pairs)}
+    for order, size, workers in ((pairs, 4, 0), (pairs[::-1], 5, 2), (pairs, 18, 1)):
+        batches = train_model.PhotoBatches(photos, order, size)
+        images = torch.cat([images for images, _ in train_model.read_ahead(batches, workers)])
+        for pair, image in zip(order, images, strict=True):
+            assert torch.equal(image, wanted[pair])
+    assert not torch.equal(wanted[0, 0], wanted[0, 1])
+    assert wanted[0, None].shape == (3, 224, 224) and wanted[0, None].dtype == torch.uint8
+
+
+def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, drawn, tmp_path, monkeypatch):
+    model = model_of(0)
+    assert len(loader(photos, tmp_path / "store", model, epochs=1)[1]) == 20
+    assert loader(photos, tmp_path / "store", model, epochs=1)[1] == []
+    assert len(loader(photos, tmp_path / "store", model, epochs=2)[1]) == 10  # one more view of the training rows
+    assert len(loader(photos, tmp_path / "store", model_of(1), epochs=1)[1]) == 20  # other weights
+    assert len(loader(photos, tmp_path / "store", model_of(0, "bf16"), epochs=1)[1]) == 20  # other precision
+
+    moved = tmp_path / "elsewhere"  # copied to another folder under other names, and one pixel of one photo changed
+    moved.mkdir()
+    labels = pd.DataFrame({"path": photos.paths, TARGET: photos.targets})
+    for row, path in enumerate(photos.paths):
+        shutil.copy(path, moved / f"{row}.png")
+    labels["path"] = [str(moved / f"{row}.png") for row in range(len(photos))]
+    photo = Image.open(moved / "3.png")
+    photo.putpixel((0, 0), (1, 2, 3))
+    photo.save(moved / "3.png")
+    labels["content"] = [train_model.check_photo(path)[0] for path in labels["path"]]
+    again = train_model.BiomassDataset(labels, TARGET, 42)
+    assert loader(again, tmp_path / "store", model, epochs=1)[1] == [(3, 0)]
+
+    other_seed = train_model.BiomassDataset(labels, TARGET, 43)
+    assert {view for _, view in loader(other_seed, tmp_path / "store", model, epochs=1)[1]} == {0}
+    monkeypatch.setattr(train_model, "IMAGE_SIZE", 192)
+    assert len(loader(again, tmp_path / "store", model, epochs=1)[1]) == 20
+
+
+def test_damaged_and_half_written_files_are_named_and_replaced(tmp_path, caplog):
+    caplog.set_level("INFO")
+    keys = [f"{number:032x}" for number in range(5)]
+    wanted = np.arange(20, dtype=np.float32).reshape(5, 4)
+
+    def compute(missing):
+        yield wanted[missing]
+
+    def features():
+        return FeatureStore(tmp_path, RECIPE, 4, np.float32).features(keys, compute)
+
+    assert np.array_equal(features(), wanted)
+    (path,) = tmp_path.glob("*/*.npy")
+    for damage in (b"", path.read_bytes()[:-7], path.read_bytes()[:-1] + b"?"):
+        path.write_bytes(damage)
+        caplog.clear()
+        assert np.array_equal(features(), wanted)
+        assert f"damaged feature file {path}" in caplog.text and "0 found, 5 to compute" in caplog.text
+        caplog.clear()
+        assert np.array_equal(features(), wanted) and "5 found, 0 to compute" in caplog.text
+
+
+def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_path):
+    first, second = (FeatureStore(tmp_path, RECIPE, 2, np.float16) for _ in range(2))
+    for store in (first, second, first):
+        store.add(["a" * 32], np.ones((1, 2)))
+        store.add(["b" * 32], np.zeros((1, 2)))
+    found, features = FeatureStore(tmp_path, RECIPE, 2, np.float16).find(["b" * 32, "c" * 32, "a" * 32])
+    assert found.tolist() == [True, False, True] and features.tolist() == [[0, 0], [1, 1]]
+    other = FeatureStore(tmp_path, {**RECIPE, "weights": "b"}, 2, np.float16)
+    assert not other.find(["a" * 32])[0].any()
+    nothing = FeatureStore(None, RECIPE, 2, np.float16)
+    asked = []
+    for _ in range(2):
+        nothing.features(["a" * 32], lambda missing: asked.append(missing) or [np.ones((1, 2))])
+    assert len(asked) == 2
+
+
+def test_features_beyond_float16_are_refused():
+    store = FeatureStore(None, RECIPE, 1, np.float16)
+    with pytest.raises(OverflowError):
+        store.features(["a" * 32], lambda missing: [np.full((1, 1), 1e6, np.float32)])
