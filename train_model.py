@@ -286,11 +286,12 @@ class BiomassDataset(Dataset):
     def views(self, row, views):
         """Versions of one photo, None for the plain one: uint8 (len(views), 224, 224, 3). Decodes the photo once."""
         try:
-            photo = open_photo(self.paths[row])
+            content = Path(self.paths[row]).read_bytes()
+            photo = open_photo(io.BytesIO(content))
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-            raise UserError(
-                f"cannot read the photo {self.paths[row]} ({error}): replace it or remove its row"
-            ) from None
+            raise UserError(f"cannot read photo {self.paths[row]} ({error}): replace it or remove its row") from None
+        if digest(content) != self.contents[row]:
+            raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         photo = transforms.resize(photo, [IMAGE_SIZE, IMAGE_SIZE])
         return np.stack([np.asarray(photo if view is None else self.augment(photo, row, view)) for view in views])
 

@@ -1,5 +1,6 @@
 """What a user of train_model.py would notice: the files that come out, the numbers, the message on bad input."""
 
+import colorsys
 import hashlib
 import json
 import math
@@ -335,18 +336,18 @@ def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(
     random = np.random.default_rng(3)
     rows = []
     (tmp_path / "data" / "images_med_res").mkdir(parents=True)
-    for plant in range(24):
-        weight, colour = random.uniform(0.1, 1), random.integers(0, 256, 3)
-        for photo in range(5):
+    for plant in range(12):
+        weight, colour = random.uniform(0.1, 1), 255 * np.array(colorsys.hsv_to_rgb(plant / 12, 1, 0.8))
+        for photo in range(8):
             name = f"{plant}_{photo}.png"
             pixels = np.clip(colour + random.integers(-3, 4, (64, 64, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / "images_med_res" / name)
             rows.append({"filename": name, "plant_number": plant, TARGET: weight})
     pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
-    flags = ["--epochs", 60, "--folds", 4]
+    flags = ["--epochs", 150, "--folds", 4, "--learning_rate", 3e-3, "--augment_views", 1]
     by_rows = train(tmp_path / "data", tmp_path / "rows", *flags, "--group_by", "filename")
     by_plant = train(tmp_path / "data", tmp_path / "plants", *flags)
-    assert by_rows["val_rmse"] < 0.6 * by_rows["baseline_mean_rmse"]
+    assert by_rows["val_rmse"] < 0.75 * by_rows["baseline_mean_rmse"]
     assert by_plant["val_rmse"] > 0.95 * by_plant["baseline_mean_rmse"]
 
 
