@@ -50,7 +50,7 @@ WEIGHT_G = [0.0021, 0.008, 0.025, 0.061, 0.152, 0.368, 0.65, 0.95, 1.30, 2.113] 
 
 # The plant
 ALLOMETRY, EXPONENT = 0.055, 1.1  # g of fresh weight at 1 cm2 of leaf, and how it grows with leaf area
-THICKNESS_SD, THICKNESS_MAX = 0.28, 0.6  # log units, seen in the photo
+THICKNESS_SD, THICKNESS_MAX = 0.42, 0.95  # log units, seen in the photo
 WATER, SCALE_ERROR = 0.25, 0.12  # log units either way, seen in no photo
 GOLDEN_ANGLE = math.radians(137.5)
 PROFILE = np.sin(np.pi * np.linspace(0, 1, 256) ** 1.5) ** 0.8  # half-width of a blade from base to tip: a spoon
@@ -64,15 +64,15 @@ ROWS, COLS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 GREY, SLATE, BLACK, AMBER = (0.40, 0.41, 0.43), (0.25, 0.275, 0.32), (0.17, 0.185, 0.21), (0.40, 0.29, 0.20)
 BRICK, ROSE = (0.50, 0.26, 0.19), (0.53, 0.36, 0.31)
 LOOKS = [
-    (238, (0.43, 0.34, 0.27), GREY, 0.40, BRICK),
-    (246, (0.56, 0.32, 0.16), AMBER, 0.55, BRICK),
-    (230, (0.53, 0.32, 0.17), AMBER, 0.45, BRICK),
-    (236, (0.41, 0.33, 0.30), SLATE, 0.60, BRICK),
-    (228, (0.36, 0.29, 0.26), SLATE, 0.35, BRICK),
-    (203, (0.39, 0.31, 0.33), BLACK, 0.40, ROSE),
-    (218, (0.35, 0.28, 0.28), SLATE, 0.35, BRICK),
-    (230, (0.38, 0.31, 0.34), SLATE, 0.50, ROSE),
-    (212, (0.40, 0.32, 0.36), GREY, 0.45, ROSE),
+    (218, (0.43, 0.34, 0.27), GREY, 0.40, BRICK),
+    (250, (0.56, 0.32, 0.16), AMBER, 0.55, BRICK),
+    (216, (0.53, 0.32, 0.17), AMBER, 0.45, BRICK),
+    (246, (0.41, 0.33, 0.30), SLATE, 0.60, BRICK),
+    (206, (0.36, 0.29, 0.26), SLATE, 0.35, BRICK),
+    (196, (0.39, 0.31, 0.33), BLACK, 0.40, ROSE),
+    (240, (0.35, 0.28, 0.28), SLATE, 0.35, BRICK),
+    (204, (0.38, 0.31, 0.34), SLATE, 0.50, ROSE),
+    (234, (0.40, 0.32, 0.36), GREY, 0.45, ROSE),
 ]
 WARM = (2, 3)  # experiments under warm grow light
 SUN = math.radians(225)  # light falls from the upper left, clockwise from the right
@@ -179,7 +179,7 @@ def build_rosette(plant, seed, index):
     leaf = np.arange(count)
     maturity = (count - leaf) / count  # 1: the oldest
     blade = maturity**0.8 * (1 - 0.3 * maturity**6) * np.exp(rng.normal(0, 0.12, count))
-    ratio = np.clip(0.55 + 0.4 * plant["thickness"] - plant["slender"] + rng.normal(0, 0.02, count), 0.28, 0.85)
+    ratio = np.clip(0.55 + 0.25 * plant["thickness"] - plant["slender"] + rng.normal(0, 0.02, count), 0.28, 0.85)
     petiole = np.clip(0.22 + 0.2 * maturity + rng.normal(0, 0.03, count), 0.15, 0.5)
     cotyledon = leaf < 2
     blade[cotyledon] *= 0.55 if count > 4 else 1.0
@@ -224,10 +224,10 @@ def make_sheet(plants, seed):
     counted = rng.random(n) < 0.6
     for column, count in (("small_leaves", small), ("big_leaves", big), ("total_leaves", small + big)):
         sheet[column] = pd.Series(count).where(counted)
-    covered = np.array([covered_area(rosette) for rosette in rosettes]) * np.exp(rng.normal(0, 0.58, n))
+    covered = np.array([covered_area(rosette) for rosette in rosettes]) * np.exp(rng.normal(0, 0.53, n))
     sheet["plant_surface_area"] = pd.Series(covered).round(3).where(rng.random(n) < 0.6)
     scanned = plants["labelled"] & (rng.random(n) < 0.5)
-    sheet["leaf_surface_area"] = (plants["leaf_area"] * np.exp(rng.normal(0, 0.37, n))).round(3).where(scanned)
+    sheet["leaf_surface_area"] = (plants["leaf_area"] * np.exp(rng.normal(0, 0.24, n))).round(3).where(scanned)
     return add_harvest(sheet, plants, rng)
 
 
@@ -292,8 +292,8 @@ def draw_soil(rng, perlite, warm):
     soil *= np.exp(0.45 * crumbs)[..., None]
     grain = np.array(pale, np.float32) + tint[..., None] * np.array([0.05, 0, -0.05], np.float32)
     soil += (white * np.exp(0.2 * crumbs.T - 0.1))[..., None] * (grain - soil)
-    algae = np.clip(0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(0.3, 2.6), 0, 0.4 if warm else 0.7)
-    soil += algae[..., None] * (np.array([0.26, 0.34, 0.12], np.float32) * np.exp(0.4 * crumbs)[..., None] - soil)
+    algae = np.clip(0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(-0.1, 2.4), 0, 0.55 if warm else 0.85)
+    soil += algae[..., None] * (np.array([0.27, 0.37, 0.12], np.float32) * np.exp(0.4 * crumbs)[..., None] - soil)
     return np.clip(soil, 0, 1)
 
 
