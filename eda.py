@@ -76,7 +76,7 @@ def read_sheet(path, target):
             header = file.readline()
         sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
     else:
-        sheet = pd.read_excel(path)
+        sheet = pd.read_excel(path, engine="calamine")
     sheet.columns = sheet.columns.map(str).str.strip()
     require_columns(sheet, ["filename", target], path)
     sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does

@@ -292,7 +292,9 @@ def draw_soil(rng, perlite, warm):
     soil *= np.exp(0.45 * crumbs)[..., None]
     grain = np.array(pale, np.float32) + tint[..., None] * np.array([0.05, 0, -0.05], np.float32)
     soil += (white * np.exp(0.2 * crumbs.T - 0.1))[..., None] * (grain - soil)
-    algae = np.clip(0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(-0.1, 2.4), 0, 0.55 if warm else 0.85)
+    algae = np.clip(
+        0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(-0.1, 2.4), 0, 0.55 if warm else 0.85
+    )
     soil += algae[..., None] * (np.array([0.27, 0.37, 0.12], np.float32) * np.exp(0.4 * crumbs)[..., None] - soil)
     return np.clip(soil, 0, 1)
 

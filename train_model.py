@@ -16,6 +16,7 @@ The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_p
 
 import argparse
 import collections
+import contextlib
 import copy
 import difflib
 import io
@@ -59,6 +60,7 @@ IMAGE_SIZE = 224  # pixels a side, what the ImageNet weights were trained on
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of torchvision's ImageNet weights, per channel, of intensities 0..1
 IMAGENET_STD = [0.229, 0.224, 0.225]
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
+SAVE_EVERY = 30  # seconds between two checkpoints of a running training
 EXTRACTION_BATCH = {"cpu": 32, "mps": 64, "cuda": 256}  # photos a forward pass; larger gains nothing, costs memory
 
 logger = logging.getLogger("train_model")
@@ -83,7 +85,7 @@ def read_sheet(path, target):
             header = file.readline()
         sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
     else:
-        sheet = pd.read_excel(path)
+        sheet = pd.read_excel(path, engine="calamine")
     sheet.columns = sheet.columns.map(str).str.strip()
     require_columns(sheet, ["filename", target], path)
     sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
@@ -184,7 +186,10 @@ def filter_missing_images(labels, image_dir):
         raise UserError(f"no image folder at {image_dir}: pass --image_dir, or --data_dir with a folder that holds it")
     labels = labels.assign(path=[str(image_dir / name) for name in labels["filename"]])
     with ThreadPoolExecutor() as pool:
-        checked = list(pool.map(check_photo, labels["path"]))
+        checked = pool.map(check_photo, labels["path"])
+        import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
+
+        checked = list(checked)
     labels["content"] = [content for content, _ in checked]
     faults = pd.Series([fault for _, fault in checked], index=labels.index)
     labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
@@ -509,6 +514,7 @@ class FeatureLoader:
         self.model, self.network, self.photos, self.args = model, model.head, photos, args
         self.views = range(min(args.augment_views, args.epochs))
         trained, validated = (set().union(*side) for side in zip(*splits, strict=True))
+        trained |= set(range(len(photos))) if args.folds else set()  # for the model that learns from all rows
         wanted = [(None, validated), *((view, trained) for view in self.views)]
         pairs = [(row, view) for row in range(len(photos)) for view, rows in wanted if row in rows]
         features = self.features(pairs, None if args.no_cache else args.cache_dir)
@@ -597,21 +603,44 @@ def evaluate(network, batches, device):
     return nn.functional.mse_loss(predictions, targets).item(), predictions.numpy()
 
 
-def fit(loader, train_rows, val_rows, args, device, on_best=None, label=""):
+@contextlib.contextmanager
+def keeping_best(network, save):
+    """Give a function keep(epoch) that marks the weights of `network` as the best so far.
+
+    They are saved as training ends, however it ends, and before that at most every SAVE_EVERY seconds: an epoch on
+    stored features takes less time than writing a checkpoint.
+    """
+    best, saved = {}, time.monotonic()
+
+    def keep(epoch):
+        nonlocal saved
+        best.update(epoch=epoch, state=copy.deepcopy(network.state_dict()))
+        if time.monotonic() - saved > SAVE_EVERY:
+            save(epoch)
+            best.clear()
+            saved = time.monotonic()
+
+    try:
+        yield keep
+    finally:
+        if best:
+            network.load_state_dict(best["state"])
+            save(best["epoch"])
+
+
+def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
     """Train for all epochs; returns a row of history an epoch, and the predictions of the best and the last epoch.
 
-    `on_best(epoch)` is called after each epoch that lowers the validation loss, or without `val_rows` after the last.
+    `keep(epoch)` is called after each epoch that lowers the validation loss, or without `val_rows` after the last.
     """
     network = loader.network
     torch.manual_seed(args.seed)
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=args.learning_rate)
+    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, fused=True)
     history, best, predictions = [], None, None
     for epoch in range(1, args.epochs + 1):
-        row = {
-            "epoch": epoch,
-            "train_loss": train_one_epoch(network, loader.train(train_rows, epoch), optimizer, device),
-        }
-        text = f"{label}epoch {epoch}/{args.epochs}  train_loss {row['train_loss']:.5f}"
+        loss = train_one_epoch(network, loader.train(train_rows, epoch), optimizer, device)
+        row, text = {"epoch": epoch, "train_loss": loss}, f"{label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
         if len(val_rows):
             row["val_loss"], predictions = evaluate(network, loader.validation(val_rows), device)
             row["val_rmse"] = math.sqrt(row["val_loss"])
@@ -622,8 +651,8 @@ def fit(loader, train_rows, val_rows, args, device, on_best=None, label=""):
             improved = epoch == args.epochs
         logger.info(text)
         history.append(row)
-        if improved and on_best:
-            on_best(epoch)
+        if improved and keep:
+            keep(epoch)
     return history, best, predictions
 
 
@@ -632,23 +661,23 @@ def judge(loader, labels, splits, args, device, save):
 
     One split: the epoch with the lowest validation loss counts. Folds: the last epoch counts, so that no epoch is
     chosen on the rows it is judged by, and the model that is saved learns from all rows in the same way.
-    Returns the history, the predictions, and {"epoch": ..., ...} for the metrics.
+    Returns the history, the predictions, and the epoch with how it was chosen.
     """
     start = copy.deepcopy(loader.network.state_dict())
     histories, tables = [], []
     for fold, (train_rows, val_rows) in enumerate(splits, start=1):
         loader.network.load_state_dict(start)
-        label = f"fold {fold}/{len(splits)}  " if args.folds else ""
-        on_best = None if args.folds else save
-        history, best, last = fit(loader, train_rows, val_rows, args, device, on_best, label)
+        with contextlib.nullcontext() if args.folds else keeping_best(loader.network, save) as keep:
+            label = f"fold {fold}/{len(splits)}  " if args.folds else ""
+            history, best, last = fit(loader, train_rows, val_rows, args, device, label, keep)
         histories.append(pd.DataFrame(history).assign(fold=fold))
         table = labels.iloc[val_rows].assign(fold=fold, measured=lambda rows: rows[args.target])
         table["predicted"] = last if args.folds else best["predictions"]
         tables.append(table.assign(training_mean=labels[args.target].iloc[train_rows].mean()))
     if args.folds:
         loader.network.load_state_dict(start)
-        everything = np.arange(len(labels))
-        history, _, _ = fit(loader, everything, [], args, device, save, "all rows  ")
+        with keeping_best(loader.network, save) as keep:
+            history, _, _ = fit(loader, np.arange(len(labels)), [], args, device, "all rows  ", keep)
         histories.append(pd.DataFrame(history).assign(fold=0))
         chosen = {"epoch": args.epochs, "epoch_chosen_on": "none"}
     else:

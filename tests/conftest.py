@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import make_sample_data
 
+pd.set_option("io.excel.xlsx.reader", "calamine")  # what the scripts read with; silences pandas' change of default
 ROOT = Path(__file__).resolve().parent.parent
 
 

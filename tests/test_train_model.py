@@ -77,7 +77,7 @@ def test_the_study_command_writes_all_its_outputs(drawn, tmp_path, run_script):
     assert metrics["last_epoch_val_rmse"] == pytest.approx(history["val_rmse"].iloc[-1])
     for name in ("training_curves.png", "predictions.png", "worst_predictions.png"):
         picture = np.asarray(Image.open(tmp_path / "results" / name).convert("L"))
-        assert picture.shape[0] > 600 and picture.shape[1] > 900 and picture.std() > 5, name
+        assert picture.shape[0] > 600 and picture.shape[1] >= 900 and picture.std() > 5, name
 
     log = (tmp_path / "training.log").read_text()
     printed = done.stdout.splitlines()
@@ -159,11 +159,11 @@ def test_the_loop_overfits_eight_photos(drawn):
     labels = train_model.filter_missing_images(labels, drawn / "images_med_res").iloc[:8]
     photos = train_model.BiomassDataset(labels, TARGET, seed=0)
     torch.manual_seed(0)
-    model = train_model.BiomassModel("resnet18")
+    model = train_model.BiomassModel("resnet18").eval()
     images, targets = train_model.PhotoBatches(photos, [(row, None) for row in range(8)], 8)[0]
     with torch.inference_mode():
         features = model.extractor()(images)
-        assert torch.allclose(model.head(features), model.eval()(images), atol=1e-5)
+        assert torch.allclose(model.head(features), model(images), atol=1e-5)
     features = (features - features.mean(0)) / features.std(0)
     batches = [(features.clone(), targets)]
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3)
