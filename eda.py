@@ -39,6 +39,7 @@ HARVEST_COLUMNS = ("fresh_weight_shoot", "fresh_weight_root", "dry_weight_shoot"
 EXCESS_GREEN = 0.25
 DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is noise
 FOLDS = 5
+BOOTSTRAP_DRAWS = 2000
 SHOWN = 5  # rows or files that one line of text names; the audit in the summary names all
 FAULTS = {
     "text_weights": "weights written as text",
@@ -370,6 +371,14 @@ def fit_law(areas, grams):
     return a, b, smearing, lambda area: smearing * a * np.maximum(area, areas[seen].min()) ** b
 
 
+def rmse_interval(errors, groups, seed):
+    """95 % interval of the RMSE by a percentile bootstrap over groups, for photos of one plant err alike."""
+    squares = pd.Series(np.square(errors)).groupby(groups).agg(["sum", "size"]).to_numpy()
+    shares = np.full(len(squares), 1 / len(squares))
+    total, rows = (np.random.default_rng(seed).multinomial(len(squares), shares, BOOTSTRAP_DRAWS) @ squares).T
+    return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
+
+
 def measure_baselines(sheet, photos, target, group_by, seed):
     """Errors in grams of the training mean and of the law of green area on held-out groups; None for too few."""
     from sklearn.metrics import r2_score, root_mean_squared_error  # here, as it takes a second that --help can spare
@@ -386,7 +395,11 @@ def measure_baselines(sheet, photos, target, group_by, seed):
     except ValueError:
         return None
     scores = {
-        name: {"rmse": root_mean_squared_error(grams, guess), "r2": r2_score(grams, guess)}
+        name: {
+            "rmse": root_mean_squared_error(grams, guess),
+            "rmse_ci95": rmse_interval(guess - grams, groups, seed),
+            "r2": r2_score(grams, guess),
+        }
         for name, guess in guesses.items()
     }
     law = {"law": "smearing_factor * a * A^b", "a": a, "b": b, "smearing_factor": smearing}
@@ -401,7 +414,7 @@ def measure_baselines(sheet, photos, target, group_by, seed):
 
 
 def readable(column):
-    return f"{column.replace('_', ' ').capitalize()} (g)"
+    return column.replace("_", " ").capitalize() + (" (g)" if "weight" in column else "")
 
 
 def plain_log(axis, low, high):

@@ -1,11 +1,12 @@
-"""How fast train_model.py is against the plain loop that the study would write, on the same rows in the same run.
+"""How fast train_model.py is against the plain loop that the study would write, and whether its answer is the same.
 
-    python tests/benchmark.py --data_dir sample_data            # about half an hour for 4,294 rows on two cores
-    python tests/benchmark.py --data_dir sample_data --plain_batches 20 --repeats 1
+    python tests/benchmark.py runs --data_dir full_sample      # against the plain loop; half an hour on two cores
+    python tests/benchmark.py scaling --data_dir sample_data full_sample larger_sample
+    python tests/benchmark.py answers --data_dir sample_data   # precision and augmented views over three seeds
 
-Writes results/benchmark.json, and prints the table of the README. Each run of train_model.py is a whole process, from
-the command to the report. The plain loop is timed on `--plain_batches` batches of training and as many of validation
-in each repetition, beside the run that it is compared with, and scaled up to that run's rows and epochs.
+Each part writes its section of results/benchmark.json and prints its table. A run of train_model.py is a whole process,
+from the command to the report. The plain loop is timed on `--plain_batches` batches of training and as many of
+validation, beside the run that it is compared with, and scaled up to that run's rows and epochs.
 """
 
 import argparse
@@ -174,7 +175,7 @@ def compare(labels, args, device):
                 folder.mkdir()
             parsed = train_model.build_parser().parse_args(flags)
             row_seconds = plain_loop(labels, parsed.batch_size, args.plain_batches, parsed.freeze_backbone, device)
-            seconds, peak, metrics = run_ours(flags, args.data_dir, folder, str(device))
+            seconds, peak, metrics = run_ours(flags, args.data_dir[0], folder, str(device))
             epoch = row_seconds["train"] * metrics["train_rows"] + row_seconds["validate"] * metrics["val_rows"]
             times[name].append(seconds)
             plain[name].append(epoch * parsed.epochs)
@@ -194,9 +195,63 @@ def compare(labels, args, device):
     }
 
 
+def runs(args, device, precision):
+    labels = read_labels(args.data_dir[0])
+    section = {
+        "rows": len(labels),
+        "repeats": args.repeats,
+        "plain_batches": args.plain_batches,
+        "where_time_goes": where_time_goes(labels, device, precision),
+        "runs": compare(labels, args, device),
+    }
+    print("| run | plain loop (s) | train_model.py (s) | ratio | peak (MiB) |\n| --- | --- | --- | --- | --- |")
+    for name, run in section["runs"].items():
+        times = f"{run['plain_seconds']:.0f} | {run['seconds']:.1f} | {run['ratio']:.1f}"
+        print(f"| {name} | {times} | {run['peak_mib']} |")
+    return section
+
+
+def scaling(args, device, precision):
+    """Time and memory of the study's two epochs, cold, by rows."""
+    section = []
+    for data_dir in args.data_dir:
+        with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            cold = run_ours(RUNS["2 epochs, batch 16, cold"][0], data_dir, Path(folder), str(device))
+            warm = run_ours(RUNS["2 epochs, batch 16, cold"][0], data_dir, Path(folder), str(device))
+        rows = cold[2]["train_rows"] + cold[2]["val_rows"]
+        section.append({"labelled_rows": rows, "cold_seconds": cold[0], "warm_seconds": warm[0], "peak_mib": cold[1]})
+        print(section[-1], flush=True)
+    return section
+
+
+def answers(args, device, precision):
+    """Validation RMSE (g) after 20 epochs: half against full precision, four views against fresh ones, by seed."""
+    ways = {
+        "fp32, 4 views": ["--precision", "fp32"],
+        "bf16, 4 views": ["--precision", "bf16"],
+        "bf16, fresh views": ["--precision", "bf16", "--augment_views", "20"],  # as many views as epochs
+    }
+    rmse = {way: [] for way in ways}
+    rows = 0
+    for seed in range(1, 4):
+        with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            for way, flags in ways.items():
+                metrics = run_ours([*flags, "--seed", str(seed)], args.data_dir[0], Path(folder), str(device))[2]
+                rmse[way].append({"best": metrics["val_rmse"], "last": metrics["last_epoch_val_rmse"]})
+                rows = metrics["train_rows"] + metrics["val_rows"]
+                print(seed, way, rmse[way][-1], flush=True)
+    return {"labelled_rows": rows, "rmse": rmse}
+
+
+def read_labels(data_dir):
+    labels = train_model.load_labels(Path(data_dir) / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
+    return train_model.filter_missing_images(labels, Path(data_dir) / "images_med_res")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default="sample_data")
+    parser.add_argument("part", choices=["runs", "scaling", "answers"])
+    parser.add_argument("--data_dir", nargs="+", default=["sample_data"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain_batches", type=int, default=12)
     parser.add_argument("--device", default="auto")
@@ -204,26 +259,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = train_model.pick_device(args.device)
     precision = train_model.pick_precision("auto", device)
-    folder = Path(args.data_dir)
-    labels = train_model.load_labels(folder / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
-    labels = train_model.filter_missing_images(labels, folder / "images_med_res")
-    result = {
-        "rows": len(labels),
-        "repeats": args.repeats,
-        "plain_batches": args.plain_batches,
+    part = {"runs": runs, "scaling": scaling, "answers": answers}[args.part]
+    result = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    machine = {
         "device": str(device),
         "precision": precision,
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         **report.git_state(),
-        "where_time_goes": where_time_goes(labels, device, precision),
-        "runs": compare(labels, args, device),
     }
+    result[args.part] = {"machine": machine, "result": part(args, device, precision)}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"| run | plain loop (s) | train_model.py (s) | ratio | peak (MiB) |\n{'| --- ' * 5}|")
-    for name, run in result["runs"].items():
-        times = f"{run['plain_seconds']:.0f} | {run['seconds']:.1f} | {run['ratio']:.1f}"
-        print(f"| {name} | {times} | {run['peak_mib']} |")
     return 0
 
 

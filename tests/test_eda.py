@@ -272,6 +272,8 @@ def test_baselines_equal_a_plain_recomputation(drawn, tmp_path, group_by, no_fig
         squares = sum(error**2 for error in missed)
         expected = {"rmse": (squares / len(grams)) ** 0.5, "r2": 1 - squares / ((grams - grams.mean()) ** 2).sum()}
         assert {key: baselines[name][key] for key in expected} == pytest.approx(expected), name
+        low, high = baselines[name]["rmse_ci95"]
+        assert low < baselines[name]["rmse"] < high
 
 
 def test_command_line_makes_the_same_bytes(drawn, explored, run_script, tmp_path):
