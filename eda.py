@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg")
 CHANNELS = ["red", "green", "blue"]
+DEFAULT_GROUP_BY = ["plant_number"]  # as the study did
 PLANT_COLUMNS = ["experiment_id", "plant_number"]  # plant numbers restart in every experiment
 ID_COLUMNS = ["filename", "lab_book_page", *PLANT_COLUMNS]
 # Measured at the harvest that gives the target, so no photo of a living plant comes with them
@@ -68,21 +69,25 @@ class UserError(Exception):
 def read_sheet(path, target):
     """Read the label sheet: the first sheet of an .xlsx, or a .csv with commas or semicolons.
 
-    Returns all rows that hold a value: `filename` as text without outer spaces, `target` as float, NaN where the cell
-    is no number. Raises UserError for a sheet or a column that is not there.
+    Returns all rows that hold a value, `filename` as text without outer spaces, the other cells as they were typed.
+    Raises UserError for a sheet that cannot be read and for a column that is not there.
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
-        sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
-    else:
-        sheet = pd.read_excel(path, engine="calamine")
-    sheet.columns = sheet.columns.map(str).str.strip()
+    if not path.is_file():
+        raise UserError(f"no label sheet at {path}: pass --labels_path")
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8-sig") as file:
+                header = file.readline()
+            sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
+        else:
+            sheet = pd.read_excel(path, engine="calamine")
+    except Exception as error:  # pandas, calamine and zipfile each raise their own
+        raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
+    sheet.columns = [str(name).strip() for name in sheet.columns]
     require_columns(sheet, ["filename", target], path)
     sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
     sheet["filename"] = sheet["filename"].astype("string").str.strip()
-    sheet[target] = to_numbers(sheet[target])
     return sheet
 
 
@@ -90,9 +95,8 @@ def require_columns(sheet, columns, path):
     for column in columns:
         if column not in sheet.columns:
             nearest = difflib.get_close_matches(column, sheet.columns, n=1, cutoff=0.0)
-            raise UserError(
-                f"{path} has no column '{column}'; nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}"
-            )
+            found = f"nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}" if nearest else "it is empty"
+            raise UserError(f"{path} has no column '{column}'; {found}")
 
 
 def to_numbers(cells):
@@ -120,15 +124,11 @@ def load_labels(path, target, group_by):
 
     A column becomes one of numbers if more than half of its filled cells are numbers; ids stay as they are.
     """
-    if not path.is_file():
-        raise UserError(f"no label sheet at {path}; pass --labels_path")
-    try:
-        sheet, typed = read_sheet(path, target), read_sheet(path, "filename")
-    except UserError:
-        raise
-    except Exception as error:  # pandas, openpyxl and zipfile each raise their own
-        raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
-    require_columns(sheet, group_by, path)
+    typed = read_sheet(path, target)
+    sheet = typed.copy()
+    sheet[target] = to_numbers(typed[target])
+    if group_by != DEFAULT_GROUP_BY:
+        require_columns(sheet, group_by, path)
     for column in sheet.columns.difference([*ID_COLUMNS, *group_by]):
         numbers = to_numbers(sheet[column])
         if numbers.count() > sheet[column].count() / 2:
@@ -384,6 +384,8 @@ def measure_baselines(sheet, photos, target, group_by, seed):
     from sklearn.metrics import r2_score, root_mean_squared_error  # here, as it takes a second that --help can spare
     from sklearn.model_selection import GroupKFold
 
+    if not {*group_by} <= {*sheet}:
+        return None
     rows, areas, grams = weighed_areas(sheet, photos, target)
     groups = sheet.loc[rows].groupby(group_by, dropna=False).ngroup().to_numpy()
     guesses = {"training_mean": np.empty_like(grams), "green_area_law": np.empty_like(grams)}
@@ -612,7 +614,7 @@ def print_summary(summary, target):
     print("Audit", *summary["data_quality_issues"], sep="\n- ")
     baselines = summary["baselines"]
     if baselines is None:
-        print(f"Baselines: none; they need {FOLDS} groups with weighed, readable photos of different green area")
+        print(f"Baselines: none; they need {FOLDS} plants (--group_by) with weighed photos of different green area")
         return
     print(f"Baselines: {baselines['how']}: {baselines['rows']} rows in {baselines['groups']} groups")
     for name in ("training_mean", "green_area_law"):
@@ -643,7 +645,7 @@ def build_parser():
     add("--summary_path", type=Path, default=Path("results/eda_summary.json"), help=shown)
     add("--target", default="fresh_weight_total", help=f"column of the weight in grams; {shown}")
     groups = "columns whose values make the groups of the folds; default: plant_number"
-    add("--group_by", nargs="+", default=["plant_number"], metavar="COLUMN", help=groups)
+    add("--group_by", nargs="+", default=DEFAULT_GROUP_BY, metavar="COLUMN", help=groups)
     add("--seed", type=int, default=42, help=f"of the sample photos, the jitter and the folds; {shown}")
     return parser
 

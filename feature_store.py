@@ -101,11 +101,17 @@ class FeatureStore:
     def _write(self, name, content):
         if not (self.folder / name).exists():
             partial = self.folder / f"{uuid.uuid4().hex}.partial"
-            partial.write_bytes(content)
-            os.replace(partial, self.folder / name)
+            try:
+                partial.write_bytes(content)
+                os.replace(partial, self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _read(self, path):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # another run has just found it damaged
+            return np.empty(0, self.row)
         if hashlib.sha256(content).hexdigest() == path.stem:
             return np.load(io.BytesIO(content), allow_pickle=False)
         logger.info(f"removed the damaged feature file {path}: what it held is computed again")

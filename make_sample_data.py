@@ -19,6 +19,7 @@ the noise floor, is sqrt(mean((W - M) ** 2)) over the rows with a weight.
 
 import argparse
 import functools
+import hashlib
 import math
 import os
 import shutil
@@ -26,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -529,19 +531,36 @@ def parse_arguments(argv):
             parser.error(f"--{name} must be at least {least}{' with --with_faults' if least == 20 else ''}")
     try:
         if args.out.exists() and not ours_to_draw(args.out):
-            parser.error(f"--out {args.out} was not drawn by this script; name another folder")
+            parser.error(f"--out {args.out} was not drawn by this script, or was changed since; name another folder")
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")
     return parser, args
 
 
+def fingerprint(folder):
+    """Digest of the sheet and of the photos' names and sizes, by which a redraw knows its own work from a user's."""
+    sha = hashlib.sha256()
+    with zipfile.ZipFile(folder / SHEET) as sheet:  # all but docProps, where the time of writing stands
+        parts = [f"{part.filename} {part.CRC}" for part in sheet.infolist() if part.filename.startswith("xl/")]
+    sha.update("\n".join(parts).encode())
+    for photo in sorted((folder / IMAGES).iterdir()):
+        sha.update(f"{photo.name} {photo.stat().st_size}\n".encode())
+    return f"Fingerprint: {sha.hexdigest()[:16]}"
+
+
 def ours_to_draw(out):
-    """Whether the folder is empty or was drawn by this script."""
+    """Whether the folder is empty, or holds what this script drew and nobody changed."""
     readme = out / README
-    return not any(out.iterdir()) or (readme.is_file() and readme.read_text(errors="replace").startswith(MARKER))
+    if not any(out.iterdir()):
+        return True
+    try:
+        text = readme.read_text(errors="replace")
+        return text.startswith(MARKER) and fingerprint(out) in text.splitlines()
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
-def describe(args, floor, faults):
+def describe(args, floor, faults, fingerprint):
     """Text of README.txt."""
     command = f"python make_sample_data.py --num_images {args.num_images} --seed {args.seed}"
     command += " --with_faults" if args.with_faults else ""
@@ -550,6 +569,7 @@ def describe(args, floor, faults):
         f"Command: {command}",
         f"Noise floor: {floor:.4f} g. No model of these photos can have a lower RMSE on many plants.",
         "Nothing here was measured: plants, weights and photos come from a model.",
+        fingerprint,
     ]
     if faults:
         lines += ["", "Faults drawn in:", *(f"- {fault}" for fault in faults)]
@@ -580,7 +600,7 @@ def main(argv=None):
             if args.with_faults:
                 sheet, faults = add_faults(sheet, plants, drawn / IMAGES, args.seed)
             sheet.to_excel(drawn / SHEET, index=False)
-            (drawn / README).write_text(describe(args, floor, faults), encoding="utf-8")
+            (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
             move_into_place(drawn, args.out)
     except OSError as error:
         parser.error(f"--out {args.out}: {error}")

@@ -20,6 +20,7 @@ from PIL import __version__ as pillow_version
 from feature_store import digest
 
 BOOTSTRAP_DRAWS = 2000
+RESULT_FILES = ["history.csv", "predictions.csv", "predictions.png", "worst_predictions.png"]
 
 logger = logging.getLogger("train_model")
 
@@ -78,8 +79,9 @@ def log_result(metrics, args):
 
 
 def unit_of(target):
-    """Unit of the target: weights are in grams; of other columns the sheet does not tell it."""
-    return "g" if "weight" in target else ""
+    """Unit of the target: weights are in grams unless their name ends otherwise; of other columns it is not known."""
+    target = target.lower()
+    return "g" if "weight" in target and not target.endswith(("_mg", "_kg")) else ""
 
 
 def scores(table):
@@ -116,7 +118,7 @@ def summarize(predictions, chosen, splits, labels, args):
     """All that metrics.txt says of the predictions, the study's three numbers first."""
     score = scores(predictions)
     metrics = {"val_mse": score["val_mse"], "val_rmse": score["val_rmse"], "epoch": chosen["epoch"], **score}
-    metrics["val_rmse_ci95"] = rmse_interval(predictions["error"].to_numpy(), predictions["plant"], args.seed)
+    metrics["val_rmse_ci95"] = rmse_interval(predictions["error"].to_numpy(), predictions["_plant"], args.seed)
     metrics.update(chosen)
     at_mean = predictions.assign(predicted=predictions["training_mean"])
     metrics["baseline_mean_rmse"] = scores(at_mean)["val_rmse"]
@@ -124,7 +126,7 @@ def summarize(predictions, chosen, splits, labels, args):
         {
             f"{side}_{what}": count
             for side, rows in zip(("train", "val"), split, strict=True)
-            for what, count in (("rows", len(rows)), ("plants", labels["plant"].iloc[rows].nunique()))
+            for what, count in (("rows", len(rows)), ("plants", labels["_plant"].iloc[rows].nunique()))
         }
         for split in splits
     ]
@@ -132,7 +134,7 @@ def summarize(predictions, chosen, splits, labels, args):
         return metrics | sides[0]
     each = [{"fold": fold, **scores(table)} for fold, table in predictions.groupby("fold")]
     rmse = [row["val_rmse"] for row in each]
-    metrics |= {"val_rows": len(predictions), "val_plants": int(predictions["plant"].nunique())}
+    metrics |= {"val_rows": len(predictions), "val_plants": int(predictions["_plant"].nunique())}
     metrics["folds"] = {
         "val_rmse_mean": float(np.mean(rmse)),
         "val_rmse_sd": float(np.std(rmse, ddof=1)),
@@ -143,7 +145,7 @@ def summarize(predictions, chosen, splits, labels, args):
 
 def describe_run(argv, args, device, precision, labels):
     """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
-    rows = labels[["filename", "content", args.target, *args.group_by]].to_csv(index=False)
+    rows = labels[["filename", "_content", args.target, *args.group_by]].to_csv(index=False)
     return {
         "command": f"python train_model.py {shlex.join(argv)}".rstrip(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -161,14 +163,14 @@ def describe_run(argv, args, device, precision, labels):
 
 
 def git_state():
-    """Commit of this script and whether any Python file differs from it; None where git cannot tell."""
+    """Commit of this script, and whether all but the committed outputs is as in it; None where git cannot tell."""
 
     def git(*command):
         done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        changed = git("status", "--porcelain", "--", "*.py")
+        changed = git("status", "--porcelain", "--", ".", ":!results", ":!figures", ":!training.log")
         return {"commit": git("rev-parse", "HEAD"), "clean_tree": None if changed is None else not changed}
     except OSError:
         return {"commit": None, "clean_tree": None}
@@ -195,17 +197,22 @@ def write_report(history, predictions, metrics, args, open_photo):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
     suffix = f"_{unit_of(args.target)}" if unit_of(args.target) else ""
     renamed = {name: name + suffix for name in ("measured", "predicted", "error")}
+    with whole_file(args.metrics_path) as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     columns = list(dict.fromkeys(["filename", *args.group_by, "fold", *renamed.values()]))
     with whole_file(args.results_dir / "history.csv") as partial:
         fold = ["fold"] if args.folds else []
         history[[*fold, *history.columns.drop("fold")]].to_csv(partial, index=False)
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.7g")
+        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.9g")
     plot_curves(history, metrics, args)
     plot_predictions(predictions, metrics, args)
     plot_worst(predictions, args, open_photo)
-    with whole_file(args.metrics_path) as partial:
-        partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def plain(text):
+    """Text of the user's for a figure, where a pair of dollar signs would be taken for a formula."""
+    return str(text).replace("$", r"\$")
 
 
 def new_figure(rows, columns, size, layout="constrained"):
@@ -238,7 +245,7 @@ def plot_curves(history, metrics, args):
             label=f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}",
         )
     unit = f" ({unit_of(args.target)}$^2$)" if unit_of(args.target) else ""
-    axis.set(xlabel="epoch", ylabel=f"mean squared error of {args.target}{unit}", title="Loss by epoch")
+    axis.set(xlabel="epoch", ylabel=f"mean squared error of {plain(args.target)}{unit}", title="Loss by epoch")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
@@ -254,14 +261,14 @@ def plot_predictions(predictions, metrics, args):
     left.scatter(predictions["measured"], predictions["predicted"], **dots)
     ends = [predictions[["measured", "predicted"]].min().min(), predictions[["measured", "predicted"]].max().max()]
     left.plot(ends, ends, color="black", linewidth=1, label="equality")
-    left.set(xlabel=f"measured {args.target}{unit}", ylabel=f"predicted {args.target}{unit}")
+    left.set(xlabel=f"measured {plain(args.target)}{unit}", ylabel=f"predicted {plain(args.target)}{unit}")
     left.legend()
     right.scatter(predictions["predicted"], predictions["error"], **dots)
     right.axhline(0, color="black", linewidth=1)
     right.axhline(
         metrics["val_bias"], color="tab:red", linestyle="--", linewidth=1, label=f"mean {metrics['val_bias']:.4f}"
     )
-    right.set(xlabel=f"predicted {args.target}{unit}", ylabel=f"predicted - measured{unit}")
+    right.set(xlabel=f"predicted {plain(args.target)}{unit}", ylabel=f"predicted - measured{unit}")
     right.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -282,10 +289,10 @@ def plot_worst(predictions, args, open_photo):
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (_, row) in zip(axes.flat, worst.iterrows(), strict=False):
-        axis.imshow(open_photo(row["path"]))
+        axis.imshow(open_photo(row["_path"]))
         unit = unit_of(args.target)
         axis.set_title(
-            f"{row['filename']}\nmeasured {row['measured']:.3f} {unit}\npredicted {row['predicted']:.3f} {unit}",
+            f"{plain(row['filename'])}\nmeasured {row['measured']:.3f} {unit}\npredicted {row['predicted']:.3f} {unit}",
             fontsize=10,
         )
     figure.suptitle(f"The {len(worst)} largest errors of {len(predictions):,} photos")

@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from feature_store import FeatureStore, digest
 from report import (
+    RESULT_FILES,
     describe_run,
     log_result,
     log_run,
@@ -60,8 +61,10 @@ IMAGE_SIZE = 224  # pixels a side, what the ImageNet weights were trained on
 IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of torchvision's ImageNet weights, per channel, of intensities 0..1
 IMAGENET_STD = [0.229, 0.224, 0.225]
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
+RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names of columns that are added
 SAVE_EVERY = 30  # seconds between two checkpoints of a running training
-EXTRACTION_BATCH = {"cpu": 32, "mps": 64, "cuda": 256}  # photos a forward pass; larger gains nothing, costs memory
+PREPROCESSING = 1  # raise it when open_photo, augment or normalize change: features kept before are then not found
+EXTRACTION_BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos a forward pass; larger gains nothing, costs memory
 
 logger = logging.getLogger("train_model")
 
@@ -76,21 +79,25 @@ class UserError(Exception):
 def read_sheet(path, target):
     """Read the label sheet: the first sheet of an .xlsx, or a .csv with commas or semicolons.
 
-    Returns all rows that hold a value: `filename` as text without outer spaces, `target` as float, NaN where the cell
-    is no number. Raises UserError for a sheet or a column that is not there.
+    Returns all rows that hold a value, `filename` as text without outer spaces, the other cells as they were typed.
+    Raises UserError for a sheet that cannot be read and for a column that is not there.
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv":
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
-        sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
-    else:
-        sheet = pd.read_excel(path, engine="calamine")
-    sheet.columns = sheet.columns.map(str).str.strip()
+    if not path.is_file():
+        raise UserError(f"no label sheet at {path}: pass --labels_path")
+    try:
+        if path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8-sig") as file:
+                header = file.readline()
+            sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
+        else:
+            sheet = pd.read_excel(path, engine="calamine")
+    except Exception as error:  # pandas, calamine and zipfile each raise their own
+        raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
+    sheet.columns = [str(name).strip() for name in sheet.columns]
     require_columns(sheet, ["filename", target], path)
     sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
     sheet["filename"] = sheet["filename"].astype("string").str.strip()
-    sheet[target] = to_numbers(sheet[target])
     return sheet
 
 
@@ -98,9 +105,8 @@ def require_columns(sheet, columns, path):
     for column in columns:
         if column not in sheet.columns:
             nearest = difflib.get_close_matches(column, sheet.columns, n=1, cutoff=0.0)
-            raise UserError(
-                f"{path} has no column '{column}'; nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}"
-            )
+            found = f"nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}" if nearest else "it is empty"
+            raise UserError(f"{path} has no column '{column}'; {found}")
 
 
 def to_numbers(cells):
@@ -124,23 +130,21 @@ def open_photo(path):
 
 
 def load_labels(labels_path, target, group_by):
-    """The rows to learn from: file name, target and the columns that make a plant, with `plant` numbering the plants.
+    """The rows to learn from: file name, target and the columns that make a plant, with `_plant` numbering the plants.
 
     Rows without a target, weights that are not positive and rows entered twice are dropped; so are all rows of a photo
     with two different targets, because nothing tells which one holds. The log says how many and which.
     """
-    if not Path(labels_path).is_file():
-        raise UserError(f"no label sheet at {labels_path}: pass --labels_path")
-    try:
-        sheet = read_sheet(labels_path, target)
-    except UserError:
-        raise
-    except Exception as error:  # pandas, openpyxl and zipfile each raise their own
-        raise UserError(f"cannot read {labels_path} as a sheet ({' '.join(str(error).split())})") from error
+    for name in {target, *group_by} & RESERVED:
+        raise UserError(f"the column '{name}' has the name of an output column: rename it in the sheet")
+    sheet = read_sheet(labels_path, target)
     require_columns(sheet, group_by, labels_path)
     labels = sheet[list(dict.fromkeys(["filename", target, *group_by]))].copy()
-    labels["plant"] = number_plants(labels[group_by])
+    labels[target] = to_numbers(sheet[target])
+    labels["_plant"] = number_plants(labels[group_by])
     labels = drop_rows(labels, labels["filename"].isna(), "without a file name")
+    typed = sheet.loc[labels.index, target]
+    labels = drop_rows(labels, typed.notna() & labels[target].isna(), f"whose {target} is no number")
     labels = drop_rows(labels, labels[target].isna(), f"without {target}", name_them=False)
     if unit_of(target) == "g":
         labels = drop_rows(labels, labels[target] <= 0, f"with {target} not above 0 g")
@@ -151,7 +155,7 @@ def load_labels(labels_path, target, group_by):
     unknown = int(labels[group_by].isna().any(axis=1).sum())
     if unknown:
         logger.info(f"{unknown:,} rows without {' + '.join(group_by)}: kept together as one plant")
-    return labels.reset_index(drop=True)
+    return labels
 
 
 def drop_rows(labels, bad, what, name_them=True, reasons=None):
@@ -180,17 +184,17 @@ def number_plants(columns):
 
 
 def filter_missing_images(labels, image_dir):
-    """The rows whose photo is there and whole, with its `path` and the `content` digest of its file."""
+    """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
     image_dir = Path(image_dir)
     if not image_dir.is_dir():
         raise UserError(f"no image folder at {image_dir}: pass --image_dir, or --data_dir with a folder that holds it")
-    labels = labels.assign(path=[str(image_dir / name) for name in labels["filename"]])
+    labels = labels.assign(_path=[str(image_dir / name) for name in labels["filename"]])
     with ThreadPoolExecutor() as pool:
-        checked = pool.map(check_photo, labels["path"])
+        checked = pool.map(check_photo, labels["_path"])
         import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
 
         checked = list(checked)
-    labels["content"] = [content for content, _ in checked]
+    labels["_content"] = [content for content, _ in checked]
     faults = pd.Series([fault for _, fault in checked], index=labels.index)
     labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
     if labels.empty:
@@ -219,9 +223,9 @@ def split_by_plant(labels, val_split, seed):
 
     splitter = GroupShuffleSplit(n_splits=1, test_size=val_split, random_state=seed)
     try:
-        return next(splitter.split(labels, groups=labels["plant"]))
+        return next(splitter.split(labels, groups=labels["_plant"]))
     except ValueError as error:
-        plants = labels["plant"].nunique()
+        plants = labels["_plant"].nunique()
         raise UserError(
             f"--val_split {val_split} of {plants} plant(s) leaves a side of the split empty: "
             "change --val_split, or name other columns in --group_by"
@@ -232,10 +236,10 @@ def folds_by_plant(labels, folds, seed):
     """Pairs of row numbers for training and validation: shuffled GroupKFold, so each plant is validated once."""
     from sklearn.model_selection import GroupKFold
 
-    plants = labels["plant"].nunique()
+    plants = labels["_plant"].nunique()
     if plants < folds:
         raise UserError(f"--folds {folds} needs as many plants, the data have {plants}: lower --folds")
-    return list(GroupKFold(n_splits=folds, shuffle=True, random_state=seed).split(labels, groups=labels["plant"]))
+    return list(GroupKFold(n_splits=folds, shuffle=True, random_state=seed).split(labels, groups=labels["_plant"]))
 
 
 def make_splits(labels, args):
@@ -249,7 +253,7 @@ def make_splits(labels, args):
         for side, rows in zip(("train", "validation"), sides, strict=True):
             chosen = labels.iloc[rows]
             logger.info(
-                f"{f'fold {fold} ' if args.folds else ''}{side}: {len(rows):,} rows of {chosen['plant'].nunique():,} "
+                f"{f'fold {fold} ' if args.folds else ''}{side}: {len(rows):,} rows of {chosen['_plant'].nunique():,} "
                 f"plants, mean {args.target} {chosen[args.target].mean():.4f} {unit_of(args.target)}".rstrip()
             )
     return splits
@@ -257,12 +261,14 @@ def make_splits(labels, args):
 
 def drop_shared_photos(labels, train_rows, val_rows):
     """Training rows without those whose very photo is also validated, under another name or plant."""
-    if set(labels["plant"].iloc[train_rows]) & set(labels["plant"].iloc[val_rows]):
+    if set(labels["_plant"].iloc[train_rows]) & set(labels["_plant"].iloc[val_rows]):
         raise RuntimeError("a plant is on both sides of the split")
-    shared = labels["content"].iloc[train_rows].isin(labels["content"].iloc[val_rows]).to_numpy()
+    shared = labels["_content"].iloc[train_rows].isin(labels["_content"].iloc[val_rows]).to_numpy()
     if shared.any():
         names = labels["filename"].iloc[train_rows[shared]].tolist()
         logger.info(f"left {len(names)} training rows out, their photo is in validation too: {shorten(names)}")
+    if shared.all():
+        raise UserError("every training photo is a copy of a validation photo: nothing is left to train on")
     return train_rows[~shared]
 
 
@@ -276,8 +282,8 @@ class BiomassDataset(Dataset):
     augmentation = f"flip {FLIP} degrees {DEGREES} jitter {BRIGHTNESS} {CONTRAST} {SATURATION}"
 
     def __init__(self, labels, target, seed):
-        self.paths = labels["path"].tolist()
-        self.contents = labels["content"].tolist()
+        self.paths = labels["_path"].tolist()
+        self.contents = labels["_content"].tolist()
         self.targets = labels[target].to_numpy(np.float32)
         self.seed = seed
 
@@ -346,24 +352,27 @@ class PhotoBatches(Dataset):
         return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), torch.from_numpy(targets)
 
 
-def read_ahead(batches, num_workers):
-    """Iterate over PhotoBatches while the next ones are decoded: in threads, or in worker processes where asked."""
-    if num_workers:
-        yield from DataLoader(batches, batch_size=None, num_workers=num_workers)
-        return
-    threads = min(os.cpu_count() or 1, 16)
+def in_threads(function, count, threads):
+    """Yield function(0), function(1), ... in order, a few of them computed ahead in threads."""
     with ThreadPoolExecutor(threads) as pool:
         waiting = collections.deque()
         try:
-            for number in range(len(batches)):
-                waiting.append(pool.submit(batches.__getitem__, number))
+            for number in range(count):
+                waiting.append(pool.submit(function, number))
                 if len(waiting) > threads + 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for batch in waiting:
-                batch.cancel()
+            for result in waiting:
+                result.cancel()
+
+
+def read_ahead(batches, num_workers):
+    """Iterate over PhotoBatches while the next ones are decoded: in threads, or in worker processes where asked."""
+    if num_workers:
+        return DataLoader(batches, batch_size=None, num_workers=num_workers)
+    return in_threads(batches.__getitem__, len(batches), min(os.cpu_count() or 1, 16))
 
 
 # ---------------------------------------------------------------- model
@@ -452,7 +461,8 @@ def load_weights(model_name, weights):
     if not Path(weights).is_file():
         raise UserError(f"no weight file at {weights}: --weights takes imagenet, none or a file")
     try:
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:
         raise UserError(
             f"--weights {weights} is not a file of plain PyTorch weights ({type(error).__name__})"
@@ -478,8 +488,9 @@ def pick_precision(name, device):
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     native = {"avx512_bf16", "amx_bf16", "bf16"}
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if device.type == "cpu" and any(capabilities.get(name) for name in native) else "fp32"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have the private check alone
+    native = any(capabilities.get(name) for name in native) or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bf16" if device.type == "cpu" and native else "fp32"
 
 
 # ---------------------------------------------------------------- batches for the loop
@@ -501,6 +512,32 @@ class ImageLoader:
     def batches(self, pairs):
         batches = PhotoBatches(self.photos, pairs, self.args.batch_size)
         return tqdm(read_ahead(batches, self.args.num_workers), total=len(batches), disable=None, leave=False)
+
+
+def extract_features(model, photos, pairs, num_workers=0):
+    """Yield the backbone's features of (row, view) pairs, float32 (n, width) a batch."""
+    extractor, device = model.extractor(), next(model.parameters()).device
+    batches = PhotoBatches(photos, pairs, EXTRACTION_BATCH[device.type])
+
+    @torch.inference_mode()
+    def features(images):
+        return extractor(images.to(device)).cpu().numpy()
+
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and not num_workers:
+        # A whole batch for each core, from file to features: cores that share a batch wait for one another whenever
+        # one of them is called away to decode, which costs a sixth of the speed.
+        torch.set_num_threads(1)
+        computed = in_threads(lambda number: features(batches[number][0]), len(batches), threads)
+    else:
+        computed = (features(images) for images, _ in read_ahead(batches, num_workers))
+    try:
+        with tqdm(total=len(pairs), unit="photo", desc="features", disable=None) as bar:
+            for batch in computed:
+                yield batch
+                bar.update(len(batch))
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FeatureLoader:
@@ -529,9 +566,9 @@ class FeatureLoader:
         recipe = {
             "backbone": model.model_name,
             "weights": digest(*(tensor.cpu().numpy().tobytes() for tensor in state.values())),
-            "preprocessing": f"resize {IMAGE_SIZE} mean {IMAGENET_MEAN} std {IMAGENET_STD}",
+            "preprocessing": f"{PREPROCESSING}: resize {IMAGE_SIZE} mean {IMAGENET_MEAN} std {IMAGENET_STD}",
             "precision": f"{model.precision} on {next(model.parameters()).device.type}",
-            "versions": f"torchvision {torchvision.__version__} pillow {pillow_version}",
+            "versions": f"torchvision {torchvision.__version__} pillow {pillow_version} numpy {np.__version__}",
         }
         # float16 holds what bf16 computes; features of fp32 stay as they are, so that they equal the whole model's
         dtype = np.float16 if model.precision == "bf16" else np.float32
@@ -545,13 +582,7 @@ class FeatureLoader:
             raise UserError(f"cannot keep features in {cache_dir} ({error}): pass another --cache_dir") from error
 
     def extract(self, pairs):
-        """Yield the features of photos, float32 (n, width) a batch."""
-        extractor, device = self.model.extractor(), next(self.model.parameters()).device
-        batches = PhotoBatches(self.photos, pairs, EXTRACTION_BATCH[device.type])
-        with torch.inference_mode(), tqdm(total=len(pairs), unit="photo", desc="features", disable=None) as bar:
-            for images, _ in read_ahead(batches, self.args.num_workers):
-                yield extractor(images.to(device)).cpu().numpy()
-                bar.update(len(images))
+        return extract_features(self.model, self.photos, pairs, self.args.num_workers)
 
     def train(self, rows, epoch):
         rows = shuffled(rows, self.args.seed, epoch)
@@ -582,7 +613,7 @@ def train_one_epoch(network, batches, optimizer, device):
         targets = targets.to(device)
         loss = nn.functional.mse_loss(network(inputs.to(device)).squeeze(1), targets)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is no longer finite at batch {number}: lower --learning_rate")
+            raise UserError(f"the loss is not finite at batch {number} of an epoch: lower --learning_rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -643,6 +674,8 @@ def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
         row, text = {"epoch": epoch, "train_loss": loss}, f"{label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
         if len(val_rows):
             row["val_loss"], predictions = evaluate(network, loader.validation(val_rows), device)
+            if not math.isfinite(row["val_loss"]):
+                raise UserError(f"the validation loss of epoch {epoch} is not finite: lower --learning_rate")
             row["val_rmse"] = math.sqrt(row["val_loss"])
             text += f"  val_loss {row['val_loss']:.5f}  val_rmse {row['val_rmse']:.4f} {unit_of(args.target)}".rstrip()
             improved = best is None or row["val_loss"] < best["val_loss"]
@@ -752,7 +785,8 @@ VIEWS_HELP = """augmented versions kept of each training photo when the backbone
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, True, False) else super()._get_help_string(action)
 
 
 def build_parser():
@@ -768,7 +802,7 @@ def build_parser():
     add = parser.add_argument_group("model").add_argument
     add("--model_name", choices=BACKBONES, default="resnet18", help="backbone")
     add("--weights", default="imagenet", help="of the backbone: imagenet (downloaded once), none (random) or a file")
-    add("--freeze_backbone", action="store_true", default=True, help="train the head alone")
+    add("--freeze_backbone", action="store_true", default=True, help="train the head alone (default)")
     add("--unfreeze_backbone", dest="freeze_backbone", action="store_false", help="train all layers")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole(1), default=20, help="passes over the training photos")
@@ -804,7 +838,10 @@ def complete_arguments(args):
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
-    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, args.results_dir / "history.csv"]
+    if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
+    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
+    outputs += [args.results_dir / name for name in RESULT_FILES]
     for path in outputs if args.no_cache else [*outputs, args.cache_dir / "features"]:
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
@@ -848,10 +885,12 @@ def main(argv=None):
     with logging_to_console() as lines:
         try:
             train(argv, args, lines)
-        except UserError as error:
-            parser.error(str(error))
+        except UserError as error:  # from a worker process it comes with a traceback before its last line
+            parser.error(str(error).strip().splitlines()[-1].removeprefix("train_model.UserError: "))
+        except OSError as error:
+            parser.error(f"cannot write {error.filename} ({error.strerror}): close or free it and start again")
         except KeyboardInterrupt:
-            parser.exit(130, "interrupted; the best epoch so far is in the checkpoint\n")
+            parser.exit(130, "train_model.py: interrupted; what the log says was written is whole\n")
     return 0
 
 

@@ -52,7 +52,7 @@ class PlainDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, row):
-        image = train_model.open_photo(self.labels["path"].iloc[row])
+        image = train_model.open_photo(self.labels["_path"].iloc[row])
         return self.transform(image), torch.tensor(self.labels[TARGET].iloc[row], dtype=torch.float32)
 
 
@@ -76,8 +76,6 @@ def plain_loop(labels, batch_size, batches, frozen, device):
         model.train(phase == "train")
         with torch.set_grad_enabled(phase == "train"):
             for number, (images, weights) in enumerate(DataLoader(dataset, batch_size, shuffle=phase == "train")):
-                if number == 2:  # two batches to warm up
-                    started, rows = time.perf_counter(), 0
                 images, weights = images.to(device), weights.to(device)
                 loss = criterion(model(images).squeeze(1), weights)
                 if phase == "train":
@@ -85,7 +83,9 @@ def plain_loop(labels, batch_size, batches, frozen, device):
                     loss.backward()
                     optimizer.step()
                 loss.item()
-                if number >= 2:
+                if number == 1:  # two batches to warm up
+                    started, rows = time.perf_counter(), 0
+                elif number > 1:
                     rows += len(weights)
         seconds[phase] = (time.perf_counter() - started) / rows
     return seconds
@@ -134,32 +134,39 @@ def where_time_goes(labels, device, precision, photos_measured=320):
         steps[name] = (time.perf_counter() - started) / len(labels) * 1e3
         return result
 
-    opened = clock("decode", lambda: [train_model.open_photo(path) for path in labels["path"]])
+    opened = clock("decode", lambda: [train_model.open_photo(path) for path in labels["_path"]])
     resize = train_model.transforms.resize
     resized = clock("resize", lambda: [resize(photo, [train_model.IMAGE_SIZE] * 2) for photo in opened])
     clock("augment", lambda: [photos.augment(photo, row, 0) for row, photo in enumerate(resized)])
-    extractor, size = model.extractor(), train_model.EXTRACTION_BATCH[device.type]
     pairs = [(row, view) for row in range(len(labels)) for view in range(4)]
-    batches = train_model.PhotoBatches(photos, pairs, size)
+    images = train_model.PhotoBatches(photos, pairs, train_model.EXTRACTION_BATCH[device.type])[0][0]
+    extractor, count, threads = model.extractor(), len(pairs) // len(images), torch.get_num_threads()
 
-    def forward(images):
-        return [extractor(images.to(device)).cpu() for _ in range(len(pairs) // size)]
+    @torch.inference_mode()
+    def once(_):
+        return len(extractor(images.to(device)).cpu())
 
-    def extract():
-        return [extractor(images.to(device)).cpu() for images, _ in train_model.read_ahead(batches, 0)]
+    def forward(each_core_a_batch):
+        torch.set_num_threads(1 if each_core_a_batch else threads)
+        done = sum(train_model.in_threads(once, count, threads if each_core_a_batch else 1))
+        torch.set_num_threads(threads)
+        return done
 
-    with torch.inference_mode():
-        images = batches[0][0]
-        forward(images)
-        rates = {"forward": [], "extraction": []}
-        for _ in range(3):
-            for name, function in (("forward", lambda: forward(images)), ("extraction", extract)):
-                started = time.perf_counter()
-                done = sum(map(len, function()))
+    ways = {
+        "forward, a batch a core": lambda: forward(True),
+        "forward, all cores on a batch": lambda: forward(False),
+        "extraction": lambda: sum(map(len, train_model.extract_features(model, photos, pairs))),
+    }
+    rates = {name: [] for name in ways}
+    for repeat in range(4):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            done = way()
+            if repeat:  # the first is to warm up
                 rates[name].append(done / (time.perf_counter() - started))
-    share = statistics.median(e / f for e, f in zip(rates["extraction"], rates["forward"], strict=True))
-    medians = {f"{name}_photos_per_second": statistics.median(values) for name, values in rates.items()}
-    return {"ms_per_photo": steps, **medians, "extraction_over_forward": share}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    share = medians["extraction"] / max(medians["forward, a batch a core"], medians["forward, all cores on a batch"])
+    return {"ms_per_photo": steps, "photos_per_second": medians, "extraction_over_forward": share}
 
 
 def compare(labels, args, device):

@@ -301,6 +301,19 @@ def test_a_folder_that_it_did_not_draw_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "mine" / msd.README).read_text() == "my own notes"
 
 
+def test_a_drawn_folder_that_a_user_changed_is_left_alone(tmp_path, capsys):
+    draw = ["--out", str(tmp_path / "out"), "--num_workers", "1", "--num_images", "2"]
+    assert msd.main(draw) == 0
+    mine = tmp_path / "out" / msd.IMAGES / "mine.png"
+    mine.write_bytes(b"a user's own photo")
+    assert "was not drawn by this script" in refused(capsys, *draw)
+    assert mine.read_bytes() == b"a user's own photo"
+    mine.unlink()
+    read_sheet(tmp_path / "out").assign(fresh_weight_total=0.5).to_excel(tmp_path / "out" / msd.SHEET, index=False)
+    refused(capsys, *draw)
+    assert (read_sheet(tmp_path / "out")["fresh_weight_total"] == 0.5).all()
+
+
 def test_redraws_its_own_folder_whole_or_not_at_all(tmp_path, monkeypatch):
     out = tmp_path / "deep" / "out"
     draw = ["--out", str(out), "--num_workers", "1", "--num_images"]
