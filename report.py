@@ -1,6 +1,7 @@
 """What a training run says of itself: the log, metrics.txt, the tables and the pictures, all in the target's unit."""
 
 import contextlib
+import io
 import json
 import logging
 import logging.handlers
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
+from PIL import Image
 from PIL import __version__ as pillow_version
 
 from feature_store import digest
@@ -188,9 +190,9 @@ def whole_file(path):
     logger.info(f"wrote {path}")
 
 
-def save_figure(figure, path, dpi=150):
+def save_figure(figure, path):
     with whole_file(path) as partial:
-        figure.savefig(partial, format=Path(path).suffix[1:] or "png", dpi=dpi)
+        figure.savefig(partial, format=Path(path).suffix[1:], dpi=150)
 
 
 def write_report(history, predictions, metrics, args, open_photo):
@@ -296,4 +298,8 @@ def plot_worst(predictions, args, open_photo):
             fontsize=10,
         )
     figure.suptitle(f"The {len(worst)} largest errors of {len(predictions):,} photos")
-    save_figure(figure, args.results_dir / "worst_predictions.png", dpi=100)  # the photos have no more to show
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)  # the photos have no more to show
+    with whole_file(args.results_dir / "worst_predictions.png") as partial:
+        # a palette, because photos make large PNGs
+        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="PNG")
