@@ -1,6 +1,7 @@
 """What a training run says of itself: the log, metrics.txt, the tables and the pictures, all in the target's unit."""
 
 import contextlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -155,6 +156,7 @@ def describe_run(argv, args, device, precision, labels):
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (torch, torchvision, np, pd)},
+            "scikit-learn": importlib.metadata.version("scikit-learn"),
             "pillow": pillow_version,
         },
         "device": str(device),
@@ -206,7 +208,7 @@ def write_report(history, predictions, metrics, args, open_photo):
         fold = ["fold"] if args.folds else []
         history[[*fold, *history.columns.drop("fold")]].to_csv(partial, index=False)
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.9g")
+        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.12g")
     plot_curves(history, metrics, args)
     plot_predictions(predictions, metrics, args)
     plot_worst(predictions, args, open_photo)
