@@ -786,7 +786,8 @@ VIEWS_HELP = """augmented versions kept of each training photo when the backbone
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, True, False) else super()._get_help_string(action)
+        told = action.default is None or isinstance(action.default, bool)
+        return action.help if told else super()._get_help_string(action)
 
 
 def build_parser():
@@ -799,9 +800,11 @@ def build_parser():
     add("--group_by", nargs="+", default=["plant_number"], help="columns that together make a plant, never split")
     add("--val_split", type=between(0, 1), default=0.2, help="share of the plants to validate on")
     add("--folds", type=whole(0), default=0, help="cross-validate by plant in so many folds; 0: one split")
-    add = parser.add_argument_group("model").add_argument
+    model = parser.add_argument_group("model")
+    add = model.add_argument
     add("--model_name", choices=BACKBONES, default="resnet18", help="backbone")
     add("--weights", default="imagenet", help="of the backbone: imagenet (downloaded once), none (random) or a file")
+    add = model.add_mutually_exclusive_group().add_argument
     add("--freeze_backbone", action="store_true", default=True, help="train the head alone (default)")
     add("--unfreeze_backbone", dest="freeze_backbone", action="store_false", help="train all layers")
     add = parser.add_argument_group("training").add_argument

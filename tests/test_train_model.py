@@ -422,6 +422,7 @@ BAD_INPUT = {
     "bad weights": (["--weights", "photo.xlsx"], ["photo.xlsx"]),
     "results": (["--results_dir", "photo.xlsx"], ["cannot write", "photo.xlsx"]),
     "log": (["--log_path", "folder"], ["cannot write folder"]),
+    "both": (["--freeze_backbone", "--unfreeze_backbone"], ["not allowed with"]),
     "reserved": (["--group_by", "fold"], ["'fold'", "rename"]),
     "curves": (["--curves_path", "curves.foo"], ["curves.foo", ".png"]),
     "picture": (["--results_dir", "taken"], ["cannot write", "worst_predictions.png"]),
@@ -488,8 +489,8 @@ def test_a_weight_that_is_no_number_is_named_and_odd_names_are_drawn(drawn, tmp_
     assert table["plant"].equals(sheet.set_index("filename").loc[table.index, "plant"])
 
 
-def test_help_shows_the_defaults_of_the_study(run_script, tmp_path):
-    help_text = " ".join(run_script("train_model.py", "--help", cwd=tmp_path).stdout.split())
+def test_help_shows_the_defaults_of_the_study():
+    help_text = " ".join(train_model.build_parser().format_help().split())
     defaults = vars(train_model.build_parser().parse_args([]))
     study = {
         "epochs": 20, "batch_size": 32, "learning_rate": 1e-3, "model_name": "resnet18", "val_split": 0.2,
