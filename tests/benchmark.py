@@ -121,7 +121,7 @@ def run_ours(flags, data_dir, folder, device):
     return seconds, peak, json.loads((folder / "results" / "metrics.txt").read_text())
 
 
-def where_time_goes(labels, device, precision, photos_measured=320):
+def where_time_goes(labels, device, precision, photos_measured=128):
     """Milliseconds a photo of each step of the extraction alone, and photos/s of the forward pass and of all steps."""
     labels = labels.head(photos_measured)
     photos = train_model.BiomassDataset(labels, TARGET, 42)
