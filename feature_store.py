@@ -19,6 +19,7 @@ import numpy as np
 
 KEY_LENGTH = 32  # hexadecimal digits of a SHA-256, enough that no two photos of any collection meet
 FEATURES_A_FILE = 2048  # so that an interrupted run loses seconds of work
+BYTES_A_FILE = 2**26  # of features that are whole maps
 
 logger = logging.getLogger("train_model")
 
@@ -36,38 +37,40 @@ def digest(*parts):
 class FeatureStore:
     """Features by key, on disk under `cache_dir`, in a folder of their own for each recipe.
 
-    `recipe` is a flat dict of all that the features depend on beside the key; features have `width` numbers of `dtype`.
-    A file that does not hold what its name promises is named in the log and removed. With `cache_dir` None it keeps
-    nothing. Raises OSError where the folder cannot be written, OverflowError for features that `dtype` cannot hold.
+    `recipe` is a flat dict of all that the features depend on beside the key; features are arrays of `shape` and
+    `dtype`. Files are mapped, not read, so that only the features that are asked for take memory. A file that does not
+    hold what its name promises is named in the log and removed. With `cache_dir` None it keeps nothing. Raises OSError
+    where the folder cannot be written, OverflowError for features that `dtype` cannot hold.
     """
 
-    def __init__(self, cache_dir, recipe, width, dtype):
-        recipe = json.dumps({**recipe, "width": width, "dtype": np.dtype(dtype).name}, indent=2, sort_keys=True)
-        self.row = np.dtype([("key", f"S{KEY_LENGTH}"), ("feature", dtype, (width,))])
-        self.rows = np.empty(0, self.row)
+    def __init__(self, cache_dir, recipe, shape, dtype):
+        recipe = json.dumps({**recipe, "shape": shape, "dtype": np.dtype(dtype).name}, indent=2, sort_keys=True)
+        self.row = np.dtype([("key", f"S{KEY_LENGTH}"), ("feature", dtype, shape)])
+        self.files = []
         self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write("recipe.json", recipe.encode())
-            self.rows = np.concatenate([self.rows, *map(self._read, sorted(self.folder.glob("*.npy")))])
-        self.order = np.argsort(self.rows["key"], kind="stable")
+            self.files = [self._read(path) for path in sorted(self.folder.glob("*.npy"))]
+        self.keys = np.concatenate([np.empty(0, self.row["key"]), *(rows["key"] for rows in self.files)])
+        self.starts = np.cumsum([0, *map(len, self.files)])
+        self.order = np.argsort(self.keys, kind="stable")
 
     def features(self, keys, compute):
-        """Features float32 (len(keys), width), those that are not kept by `compute(numbers of their keys)`.
+        """Features (len(keys), *shape) of `dtype`, those that are not kept by `compute(numbers of their keys)`.
 
         `compute` yields arrays of features in the order of the numbers; they are kept as they come.
         """
-        features = np.empty((len(keys), self.row["feature"].shape[0]), np.float32)
-        found, features_found = self.find(keys)
-        features[found] = features_found
+        found, features = self.find(keys)
         missing = np.flatnonzero(~found)
         logger.info(f"features: {found.sum():,} found, {len(missing):,} to compute")
         started, done, waiting = time.perf_counter(), 0, []
+        enough = min(FEATURES_A_FILE, 1 + BYTES_A_FILE // self.row.itemsize)
         for computed in compute(missing) if len(missing) else ():
             with np.errstate(over="ignore"):  # it is refused below
                 waiting.append(computed.astype(self.row["feature"].base))  # kept or not: one answer for both
             done += len(computed)
-            if sum(map(len, waiting)) >= FEATURES_A_FILE or done == len(missing):
+            if sum(map(len, waiting)) >= enough or done == len(missing):
                 computed, waiting = np.concatenate(waiting), []
                 if not np.isfinite(computed).all():
                     raise OverflowError(f"a feature is beyond the range of {computed.dtype}")
@@ -80,17 +83,21 @@ class FeatureStore:
         return features
 
     def find(self, keys):
-        """Which `keys` are kept, a mask (len(keys),), and the features of those (number found, width)."""
+        """Which `keys` are kept, a mask (len(keys),), and features (len(keys), *shape), filled in where they are."""
         keys = np.array(keys, dtype=self.row["key"])
-        if not len(self.rows):
-            return np.zeros(len(keys), dtype=bool), self.rows["feature"]
-        place = np.searchsorted(self.rows["key"], keys, sorter=self.order)
+        features = np.empty(len(keys), self.row["feature"])
+        if not len(self.keys):
+            return np.zeros(len(keys), dtype=bool), features
+        place = np.searchsorted(self.keys, keys, sorter=self.order)
         candidate = self.order[np.minimum(place, len(self.order) - 1)]
-        found = self.rows["key"][candidate] == keys
-        return found, self.rows["feature"][candidate[found]]
+        found = self.keys[candidate] == keys
+        for start, rows in zip(self.starts, self.files, strict=False):
+            here = np.flatnonzero(found & (candidate >= start) & (candidate < start + len(rows)))
+            features[here] = rows["feature"][candidate[here] - start]
+        return found, features
 
     def add(self, keys, features):
-        """Keep `features` (n, width) under `keys` for later runs; this object goes on answering as it was opened."""
+        """Keep `features` (n, *shape) under `keys` for later runs; this object goes on answering as it was opened."""
         if self.folder:
             rows = np.empty(len(keys), self.row)
             rows["key"], rows["feature"] = keys, features
@@ -109,11 +116,14 @@ class FeatureStore:
 
     def _read(self, path):
         try:
-            content = path.read_bytes()
+            sha = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(2**20):
+                    sha.update(part)
+            if sha.hexdigest() == path.stem:
+                return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:  # another run has just found it damaged
             return np.empty(0, self.row)
-        if hashlib.sha256(content).hexdigest() == path.stem:
-            return np.load(io.BytesIO(content), allow_pickle=False)
         logger.info(f"removed the damaged feature file {path}: what it held is computed again")
         path.unlink(missing_ok=True)
         return np.empty(0, self.row)

@@ -69,9 +69,9 @@ def log_run(run, args):
 def log_result(metrics, args):
     unit, low_high = unit_of(args.target), metrics["val_rmse_ci95"]
     interval = f" (95 % interval {low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else ""
-    how = (
-        f"{args.folds} folds, epoch {args.epochs}" if args.folds else f"best epoch {metrics['epoch']} of {args.epochs}"
-    )
+    how = f"best epoch {metrics['epoch']} of {args.epochs}"
+    if args.folds:
+        how = f"{args.folds} folds, " + ("epochs chosen aside" if args.patience else f"epoch {args.epochs}")
     logger.info(
         f"validation RMSE {metrics['val_rmse']:.4f} {unit}{interval}, {how}; "
         f"predicting the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
@@ -148,7 +148,7 @@ def summarize(predictions, chosen, splits, labels, args):
 
 def describe_run(argv, args, device, precision, labels):
     """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
-    rows = labels[["filename", "_content", args.target, *args.group_by]].to_csv(index=False)
+    rows = labels[["filename", "_content", args.target, *args.group_by, *args.metadata_columns]].to_csv(index=False)
     return {
         "command": f"python train_model.py {shlex.join(argv)}".rstrip(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -230,12 +230,14 @@ def plot_curves(history, metrics, args):
     """Train and validation loss by epoch; with folds one thin line a fold and their mean."""
     figure, axis = new_figure(1, 1, (8, 5))
     history = history[history["fold"] > 0]
-    for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
+    watched = "kept aside" if args.folds and args.patience else "validation"
+    for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", watched, "tab:orange")):
         if args.folds:
             for _, fold in history.groupby("fold"):
                 axis.plot(fold["epoch"], fold[name], color=color, linewidth=0.7, alpha=0.5)
             text += f", mean of {args.folds} folds"
-        mean = history.groupby("epoch")[name].mean()
+        epochs = history.groupby("epoch")[name]
+        mean = epochs.mean()[epochs.size() == history["fold"].nunique()]  # while all folds run
         axis.plot(mean.index, mean, color=color, marker="o", markersize=4, label=text)
     if not args.folds:
         axis.axvline(metrics["epoch"], color="grey", linestyle="--", linewidth=1)

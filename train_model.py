@@ -17,8 +17,8 @@ The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_p
 import argparse
 import collections
 import contextlib
-import copy
 import difflib
+import functools
 import io
 import itertools
 import logging
@@ -27,7 +27,6 @@ import os
 import sys
 import tempfile
 import time
-import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,7 +41,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
+from calibration import calibrate, describe_features, distances, limit_of
 from feature_store import FeatureStore, digest
+from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks, to_numbers
+from model import BACKBONES, TRANSFORMS, UserError, build_model
 from report import (
     RESULT_FILES,
     describe_run,
@@ -56,14 +58,11 @@ from report import (
     write_report,
 )
 
-BACKBONES = ["resnet18", "resnet34", "resnet50"]
-IMAGE_SIZE = 224  # pixels a side, what the ImageNet weights were trained on
-IMAGENET_MEAN = [0.485, 0.456, 0.406]  # of torchvision's ImageNet weights, per channel, of intensities 0..1
-IMAGENET_STD = [0.229, 0.224, 0.225]
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
 RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names of columns that are added
 SAVE_EVERY = 30  # seconds between two checkpoints of a running training
 PREPROCESSING = 1  # raise it when open_photo, augment or normalize change: features kept before are then not found
+MOST_STORED = 4 * 2**30  # bytes of stored features; they are held in memory
 EXTRACTION_BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos a forward pass; larger gains nothing, costs memory
 
 logger = logging.getLogger("train_model")
@@ -72,12 +71,8 @@ logger = logging.getLogger("train_model")
 # ---------------------------------------------------------------- data
 
 
-class UserError(Exception):
-    """A mistake in the input that its one-line message tells how to mend."""
-
-
-def read_sheet(path, target):
-    """Read the label sheet: the first sheet of an .xlsx, or a .csv with commas or semicolons.
+def read_sheet(path, target=None):
+    """Read a label sheet with or without a target: the first sheet of an .xlsx, or a .csv with commas or semicolons.
 
     Returns all rows that hold a value, `filename` as text without outer spaces, the other cells as they were typed.
     Raises UserError for a sheet that cannot be read and for a column that is not there.
@@ -95,7 +90,7 @@ def read_sheet(path, target):
     except Exception as error:  # pandas, calamine and zipfile each raise their own
         raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
     sheet.columns = [str(name).strip() for name in sheet.columns]
-    require_columns(sheet, ["filename", target], path)
+    require_columns(sheet, ["filename", target] if target else ["filename"], path)
     sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
     sheet["filename"] = sheet["filename"].astype("string").str.strip()
     return sheet
@@ -107,14 +102,6 @@ def require_columns(sheet, columns, path):
             nearest = difflib.get_close_matches(column, sheet.columns, n=1, cutoff=0.0)
             found = f"nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}" if nearest else "it is empty"
             raise UserError(f"{path} has no column '{column}'; {found}")
-
-
-def to_numbers(cells):
-    """Cells as floats: the text "0,25" is read as 0.25, what is no finite number becomes NaN."""
-    if not pd.api.types.is_numeric_dtype(cells):
-        text = cells.astype("string").str.strip().str.replace(",", ".", regex=False)
-        cells = pd.to_numeric(text, errors="coerce")
-    return cells.astype(float).replace([np.inf, -np.inf], np.nan)
 
 
 def open_photo(path):
@@ -129,17 +116,17 @@ def open_photo(path):
     return photo.convert("RGB")
 
 
-def load_labels(labels_path, target, group_by):
-    """The rows to learn from: file name, target and the columns that make a plant, with `_plant` numbering the plants.
+def load_labels(labels_path, target, group_by, metadata_columns=(), allow_leaky_columns=False, curved=False):
+    """The rows to learn from: file name, target, metadata, what makes a plant, and `_plant` numbering the plants.
 
     Rows without a target, weights that are not positive and rows entered twice are dropped; so are all rows of a photo
     with two different targets, because nothing tells which one holds. The log says how many and which.
     """
-    for name in {target, *group_by} & RESERVED:
+    for name in {target, *group_by, *metadata_columns} & RESERVED:
         raise UserError(f"the column '{name}' has the name of an output column: rename it in the sheet")
     sheet = read_sheet(labels_path, target)
-    require_columns(sheet, group_by, labels_path)
-    labels = sheet[list(dict.fromkeys(["filename", target, *group_by]))].copy()
+    require_columns(sheet, [*group_by, *metadata_columns], labels_path)
+    labels = sheet[list(dict.fromkeys(["filename", target, *group_by, *metadata_columns]))].copy()
     labels[target] = to_numbers(sheet[target])
     labels["_plant"] = number_plants(labels[group_by])
     labels = drop_rows(labels, labels["filename"].isna(), "without a file name")
@@ -152,10 +139,34 @@ def load_labels(labels_path, target, group_by):
     labels = drop_rows(labels, labels.duplicated("filename", keep=False), f"of a photo with several {target}")
     if labels.empty:
         raise UserError(f"no row of {labels_path} has a file name and a number in '{target}': nothing to train on")
+    if curved and (labels[target] <= 0).any():
+        raise UserError(
+            f"--target_transform log and sqrt need {target} above 0, the lowest is {labels[target].min():g}"
+        )
+    check_metadata(labels, target, metadata_columns, allow_leaky_columns)
     unknown = int(labels[group_by].isna().any(axis=1).sum())
     if unknown:
         logger.info(f"{unknown:,} rows without {' + '.join(group_by)}: kept together as one plant")
     return labels
+
+
+def check_metadata(labels, target, columns, allow_leaky_columns):
+    """Refuse columns that give the target away, and say of the others what is missing."""
+    for name in columns:
+        reason = leaks(name, labels[name], target, labels[target])
+        if reason and not allow_leaky_columns:
+            raise UserError(
+                f"--metadata_columns {name}: {reason}, so a model that knows it predicts nothing; leave it out, or "
+                "pass --allow_leaky_columns"
+            )
+        cells, numeric = labels[name], is_numeric(labels[name])
+        if not numeric and as_text(cells).nunique() > MOST_CATEGORIES:
+            raise UserError(
+                f"--metadata_columns {name}: {as_text(cells).nunique():,} different texts, more than "
+                f"{MOST_CATEGORIES}; leave it out"
+            )
+        missing = int(to_numbers(cells).isna().sum() if numeric else cells.isna().sum())
+        logger.info(f"metadata {name}: {'numbers' if numeric else 'text'}, missing or unreadable in {missing:,} rows")
 
 
 def drop_rows(labels, bad, what, name_them=True, reasons=None):
@@ -276,16 +287,18 @@ class BiomassDataset(Dataset):
     """Photos and their targets, each photo opened when it is asked for.
 
     `dataset[row]` is the photo as validation sees it, `dataset[row, view]` its augmented version number `view`: uint8
-    (3, 224, 224), and the target as float. A version depends on the seed, the photo's content and its number alone.
+    (3, image_size, image_size), and the target as float. A version depends on the seed, the photo's content and its
+    number alone. `metadata` (len, m) are numbers that go with the photos, by default none.
     """
 
     augmentation = f"flip {FLIP} degrees {DEGREES} jitter {BRIGHTNESS} {CONTRAST} {SATURATION}"
 
-    def __init__(self, labels, target, seed):
+    def __init__(self, labels, target, seed, image_size=224):
         self.paths = labels["_path"].tolist()
         self.contents = labels["_content"].tolist()
-        self.targets = labels[target].to_numpy(np.float32)
-        self.seed = seed
+        self.targets = torch.tensor(labels[target].to_numpy(np.float32))
+        self.metadata = torch.zeros(len(labels), 0)
+        self.seed, self.image_size = seed, image_size
 
     def __len__(self):
         return len(self.paths)
@@ -295,7 +308,7 @@ class BiomassDataset(Dataset):
         return torch.from_numpy(self.views(row, [view])[0]).permute(2, 0, 1), self.targets[row]
 
     def views(self, row, views):
-        """Versions of one photo, None for the plain one: uint8 (len(views), 224, 224, 3). Decodes the photo once."""
+        """Versions of one photo, None for the plain one: uint8 (len(views), size, size, 3). Decodes the photo once."""
         try:
             content = Path(self.paths[row]).read_bytes()
             photo = open_photo(io.BytesIO(content))
@@ -303,7 +316,7 @@ class BiomassDataset(Dataset):
             raise UserError(f"cannot read photo {self.paths[row]} ({error}): replace it or remove its row") from None
         if digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
-        photo = transforms.resize(photo, [IMAGE_SIZE, IMAGE_SIZE])
+        photo = transforms.resize(photo, [self.image_size, self.image_size])
         return np.stack([np.asarray(photo if view is None else self.augment(photo, row, view)) for view in views])
 
     def augment(self, photo, row, view):
@@ -329,7 +342,7 @@ class BiomassDataset(Dataset):
 
 
 class PhotoBatches(Dataset):
-    """Photos a batch at a time: item b holds images uint8 (n, 3, 224, 224) and targets (n,) of batches[b].
+    """Photos a batch at a time: item b holds images uint8 (n, 3, size, size), metadata and targets of batches[b].
 
     A batch is a list of (row, view) pairs; pairs of the same row that follow one another cost one decoding.
     """
@@ -347,9 +360,10 @@ class PhotoBatches(Dataset):
             self.photos.views(row, [view for _, view in pairs])
             for row, pairs in itertools.groupby(batch, key=lambda pair: pair[0])
         ]
-        targets = self.photos.targets[[row for row, _ in batch]]
         # Bytes of a photo lie pixel by pixel, so this is channels_last without moving them.
-        return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), torch.from_numpy(targets)
+        images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)
+        rows = [row for row, _ in batch]
+        return images, self.photos.metadata[rows], self.photos.targets[rows]
 
 
 def in_threads(function, count, threads):
@@ -375,98 +389,7 @@ def read_ahead(batches, num_workers):
     return in_threads(batches.__getitem__, len(batches), min(os.cpu_count() or 1, 16))
 
 
-# ---------------------------------------------------------------- model
-
-
-class BiomassModel(nn.Module):
-    """A torchvision backbone without its classifier, and the study's head; photos in, one number a photo out.
-
-    Images come as uint8 (n, 3, 224, 224). With `frozen`, the backbone neither learns nor moves: requires_grad is off,
-    and it stays in eval mode, because BatchNorm in train mode would follow the training photos without any gradient.
-    """
-
-    def __init__(self, model_name, frozen=True, precision="fp32"):
-        super().__init__()
-        self.model_name, self.frozen, self.precision = model_name, frozen, precision
-        self.backbone = torchvision.models.get_model(model_name, weights=None)
-        self.width = self.backbone.fc.in_features
-        self.backbone.fc = nn.Identity()
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(self.width, 256), nn.ReLU(), nn.Linear(256, 1))
-        self.backbone.requires_grad_(not frozen)
-        self.train()
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
-        return self
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.backbone(normalize(images))
-        return self.head(features.float())
-
-    def extractor(self):
-        """The backbone as fast as it goes when nothing has to be learned: images uint8 -> features float (n, width).
-
-        BatchNorm is folded into the convolutions before it. torch.compile gains a tenth more, and its start-up eats
-        that at fewer than some 25,000 photos.
-        """
-        from torch.fx.experimental.optimization import fuse
-
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        backbone = fuse(copy.deepcopy(self.backbone).eval()).to(dtype=dtype, memory_format=torch.channels_last)
-        return lambda images: backbone(normalize(images).to(dtype)).float()
-
-
-def normalize(images):
-    """uint8 images (n, 3, ...) as the ImageNet weights expect them, in one step over the whole batch."""
-    mean, std = (torch.tensor(x, device=images.device).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
-
-
-def build_model(model_name, weights, frozen, precision, device):
-    """A BiomassModel with the backbone weights that `--weights` names; the rest is drawn from torch's seed."""
-    model = BiomassModel(model_name, frozen, precision)
-    state = load_weights(model_name, weights)
-    if state is not None:
-        wanted = model.backbone.state_dict()
-        fits = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]
-        if len(fits) < len(wanted):
-            missing = next(name for name in wanted if name not in fits)
-            raise UserError(
-                f"--weights {weights} is not of a {model_name}: {len(wanted) - len(fits)} tensors are missing or of "
-                f"another shape, '{missing}' first; pass the --model_name that fits"
-            )
-        model.backbone.load_state_dict({name: state[name] for name in wanted})
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def load_weights(model_name, weights):
-    """State dict for `--weights`: None for "none", torchvision's ImageNet weights, or those in a file."""
-    if weights == "none":
-        return None
-    if weights == "imagenet":
-        source = torchvision.models.get_model_weights(model_name).DEFAULT
-        path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
-        try:
-            return source.get_state_dict(progress=False, weights_only=True)
-        except (urllib.error.URLError, OSError) as error:
-            raise UserError(
-                f"cannot download the ImageNet weights ({error}): fetch {source.url} elsewhere and put it at {path}, "
-                "or train without them by --weights none"
-            ) from error
-        except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-            raise UserError(f"{path} is not a weight file, remove it ({type(error).__name__})") from error
-    if not Path(weights).is_file():
-        raise UserError(f"no weight file at {weights}: --weights takes imagenet, none or a file")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-    except Exception as error:
-        raise UserError(
-            f"--weights {weights} is not a file of plain PyTorch weights ({type(error).__name__})"
-        ) from error
+# ---------------------------------------------------------------- device
 
 
 def pick_device(name):
@@ -497,14 +420,14 @@ def pick_precision(name, device):
 
 
 class ImageLoader:
-    """Batches of images, for a model whose backbone learns: fresh augmentation in every epoch."""
+    """Batches of images, for a backbone that learns: fresh augmentation in every epoch."""
 
     def __init__(self, model, photos, args):
-        self.network, self.photos, self.args = model, photos, args
+        self.model, self.photos, self.args = model, photos, args
 
     def train(self, rows, epoch):
-        pairs = [(row, epoch - 1) for row in shuffled(rows, self.args.seed, epoch)]
-        return self.batches(pairs)
+        view = None if self.args.no_augmentation else epoch - 1
+        return self.batches([(row, view) for row in shuffled(rows, self.args.seed, epoch)])
 
     def validation(self, rows):
         return self.batches([(row, None) for row in rows])
@@ -514,9 +437,9 @@ class ImageLoader:
         return tqdm(read_ahead(batches, self.args.num_workers), total=len(batches), disable=None, leave=False)
 
 
-def extract_features(model, photos, pairs, num_workers=0):
-    """Yield the backbone's features of (row, view) pairs, float32 (n, width) a batch."""
-    extractor, device = model.extractor(), next(model.parameters()).device
+def extract_features(model, part, photos, pairs, num_workers=0):
+    """Yield what a frozen part of the backbone says of (row, view) pairs, float32 (n, ...) a batch."""
+    extractor, device = model.extractor(part), next(model.parameters()).device
     batches = PhotoBatches(photos, pairs, EXTRACTION_BATCH[device.type])
 
     @torch.inference_mode()
@@ -530,7 +453,7 @@ def extract_features(model, photos, pairs, num_workers=0):
         torch.set_num_threads(1)
         computed = in_threads(lambda number: features(batches[number][0]), len(batches), threads)
     else:
-        computed = (features(images) for images, _ in read_ahead(batches, num_workers))
+        computed = (features(images) for images, *_ in read_ahead(batches, num_workers))
     try:
         with tqdm(total=len(pairs), unit="photo", desc="features", disable=None) as bar:
             for batch in computed:
@@ -541,40 +464,50 @@ def extract_features(model, photos, pairs, num_workers=0):
 
 
 class FeatureLoader:
-    """Batches of features, for a frozen backbone: what it says of each photo, computed once and kept.
+    """Batches of features: what the frozen `part` of the backbone says of each photo, computed once and kept.
 
     Epoch e trains on version (e - 1) mod `--augment_views` of each photo; with `--augment_views 0` each epoch has a
-    version of its own, which is not kept.
+    version of its own, which is not kept; with `--no_augmentation` all train on the plain photos. `part` None stands
+    for no photos at all: batches of metadata alone.
     """
 
-    def __init__(self, model, photos, splits, args):
-        self.model, self.network, self.photos, self.args = model, model.head, photos, args
-        self.views = range(min(args.augment_views, args.epochs))
+    def __init__(self, model, part, photos, splits, args):
+        self.model, self.part, self.photos, self.args = model, part, photos, args
+        self.views = list(range(min(args.augment_views, args.epochs)))
+        if not part or args.no_augmentation:
+            self.views = [None]
+        if not part:
+            self.stored, self.place = torch.zeros(len(photos), 0), {None: np.arange(len(photos))}
+            return
+        self.recipe = self.describe()
         trained, validated = (set().union(*side) for side in zip(*splits, strict=True))
         trained |= set(range(len(photos))) if args.folds else set()  # for the model that learns from all rows
-        wanted = [(None, validated), *((view, trained) for view in self.views)]
-        pairs = [(row, view) for row in range(len(photos)) for view, rows in wanted if row in rows]
-        features = self.features(pairs, None if args.no_cache else args.cache_dir)
-        self.table = {view: torch.zeros(len(photos), model.width) for view, _ in wanted}
-        for view, table in self.table.items():
-            chosen = [number for number, pair in enumerate(pairs) if pair[1] == view]
-            table[[pairs[number][0] for number in chosen]] = features[chosen]
+        wanted = dict.fromkeys([None, *self.views], trained)
+        wanted[None] = validated | trained if None in self.views else validated
+        pairs = [(row, view) for row in range(len(photos)) for view, rows in wanted.items() if row in rows]
+        self.stored = self.features(pairs, None if args.no_cache else args.cache_dir)
+        self.place = {view: np.full(len(photos), -1) for view in wanted}  # of a photo's version in `stored`
+        for number, (row, view) in enumerate(pairs):
+            self.place[view][row] = number
 
-    def features(self, pairs, cache_dir):
-        """Features float32 (len(pairs), width) of (row, view) pairs, from the store where it has them."""
-        model, state = self.model, self.model.backbone.state_dict()
-        recipe = {
-            "backbone": model.model_name,
+    def describe(self):
+        """All that features depend on beside the photo and its version."""
+        model, state = self.model, self.part.state_dict()
+        return {
+            "backbone": f"{model.model_name} before {model.learn_from}" if model.learn_from else model.model_name,
             "weights": digest(*(tensor.cpu().numpy().tobytes() for tensor in state.values())),
-            "preprocessing": f"{PREPROCESSING}: resize {IMAGE_SIZE} mean {IMAGENET_MEAN} std {IMAGENET_STD}",
+            "preprocessing": f"{PREPROCESSING}: resize {model.image_size} mean {model.mean} std {model.std}",
             "precision": f"{model.precision} on {next(model.parameters()).device.type}",
             "versions": f"torchvision {torchvision.__version__} pillow {pillow_version} numpy {np.__version__}",
         }
+
+    def features(self, pairs, cache_dir):
+        """Features (len(pairs), ...) of (row, view) pairs, from the store where it has them."""
         # float16 holds what bf16 computes; features of fp32 stay as they are, so that they equal the whole model's
-        dtype = np.float16 if model.precision == "bf16" else np.float32
+        dtype = np.float16 if self.model.precision == "bf16" else np.float32
         keys = [self.photos.key(row, view) for row, view in pairs]
         try:
-            store = FeatureStore(cache_dir, recipe, model.width, dtype)
+            store = FeatureStore(cache_dir, self.recipe, stored_shape(self.model, self.part), dtype)
             return torch.from_numpy(store.features(keys, lambda missing: self.extract([pairs[n] for n in missing])))
         except OverflowError as error:
             raise UserError("the backbone's features do not fit float16: pass --precision fp32") from error
@@ -582,81 +515,143 @@ class FeatureLoader:
             raise UserError(f"cannot keep features in {cache_dir} ({error}): pass another --cache_dir") from error
 
     def extract(self, pairs):
-        return extract_features(self.model, self.photos, pairs, self.args.num_workers)
+        return extract_features(self.model, self.part, self.photos, pairs, self.args.num_workers)
 
     def train(self, rows, epoch):
         rows = shuffled(rows, self.args.seed, epoch)
         if self.views:
-            return self.batches(self.table[(epoch - 1) % len(self.views)][rows], rows)
-        return self.batches(self.features([(row, epoch - 1) for row in rows], None), rows)
+            view = self.views[(epoch - 1) % len(self.views)]
+            return self.batches(self.stored, self.place[view][rows], rows)
+        fresh = self.features([(row, epoch - 1) for row in rows], None)
+        return self.batches(fresh, np.arange(len(rows)), rows)
 
     def validation(self, rows):
-        return self.batches(self.table[None][rows], rows)
+        return self.batches(self.stored, self.place[None][rows], rows)
 
-    def batches(self, features, rows):
-        targets = torch.from_numpy(self.photos.targets[rows])
-        return zip(features.split(self.args.batch_size), targets.split(self.args.batch_size), strict=True)
+    def batches(self, features, places, rows):
+        """Yield (features, metadata, targets) of `rows`, whose features lie at `places`."""
+        for start in range(0, len(rows), self.args.batch_size):
+            chosen = rows[start : start + self.args.batch_size]
+            place = torch.from_numpy(places[start : start + self.args.batch_size])
+            yield features[place], self.photos.metadata[chosen], self.photos.targets[chosen]
+
+
+@torch.inference_mode()
+def stored_shape(model, part):
+    """Shape of what a frozen part of the backbone says of one photo."""
+    image = torch.zeros(1, 3, model.image_size, model.image_size, device=next(model.parameters()).device)
+    return tuple(part.eval()(image).shape[1:])
 
 
 def shuffled(rows, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
+def make_loader(model, photos, splits, args):
+    """Features where a part of the backbone is frozen that all the rest follows, else images."""
+    if args.metadata_only:
+        return FeatureLoader(model, None, photos, splits, args)
+    part = model.split()
+    if part is None:
+        return ImageLoader(model, photos, args)
+    versions = len(photos) * (1 if args.no_augmentation else 1 + min(args.augment_views, args.epochs))
+    size = versions * math.prod(stored_shape(model, part)) * (2 if model.precision == "bf16" else 4)
+    if size > MOST_STORED:
+        logger.info(f"what is said before {model.learn_from} would take {size / 2**30:.1f} GiB: it is not stored")
+        return ImageLoader(model, photos, args)
+    return FeatureLoader(model, part, photos, splits, args)
+
+
 # ---------------------------------------------------------------- loop
 
 
-def train_one_epoch(network, batches, optimizer, device):
-    """One pass over `batches` with a step of `optimizer` each; returns the mean squared error over the rows."""
-    network.train()
+LOSSES = {
+    "mse": nn.functional.mse_loss,
+    "mae": nn.functional.l1_loss,
+    "huber": nn.functional.huber_loss,  # with the threshold that loss_function gives it
+}
+
+
+def loss_function(args, target, targets):
+    """The loss of outputs and targets in the unit of `target`.
+
+    Huber's is squared up to one standard deviation of the training targets and linear beyond, whatever their unit.
+    """
+    if args.loss != "huber":
+        return LOSSES[args.loss]
+    threshold = float(target.apply_to(targets).std(correction=0)) or 1.0
+    return functools.partial(nn.functional.huber_loss, delta=threshold)
+
+
+def train_one_epoch(model, batches, optimizer, loss_of, device):
+    """One pass over `batches` with a step of `optimizer` each; returns the mean squared error over the rows.
+
+    The loss is that of the transformed target; the returned error is in the unit of the target itself.
+    """
+    model.train()
     squares, rows = 0.0, 0
-    for number, (inputs, targets) in enumerate(batches, start=1):
+    for number, (inputs, metadata, targets) in enumerate(batches, start=1):
         targets = targets.to(device)
-        loss = nn.functional.mse_loss(network(inputs.to(device)).squeeze(1), targets)
+        outputs = model(inputs.to(device), metadata.to(device))
+        loss = loss_of(outputs, model.target.apply_to(targets))
         if not math.isfinite(loss.item()):
             raise UserError(f"the loss is not finite at batch {number} of an epoch: lower --learning_rate")
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        squares += loss.item() * len(targets)
+        optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
+        squares += (model.target.undo(outputs.detach()) - targets).square().sum().item()
         rows += len(targets)
     return squares / rows
 
 
 @torch.inference_mode()
-def evaluate(network, batches, device):
-    """Mean squared error over the rows of `batches`, and the predictions (n,) in their order."""
-    network.eval()
+def evaluate(model, batches, device):
+    """Mean squared error over the rows of `batches`, and the predictions (n,) in their order; in the target's unit."""
+    model.eval()
     outputs, targets = [], []
-    for inputs, measured in batches:
-        outputs.append(network(inputs.to(device)).squeeze(1).cpu())
+    for inputs, metadata, measured in batches:
+        outputs.append(model.target.undo(model(inputs.to(device), metadata.to(device))).cpu())
         targets.append(measured)
     predictions, targets = torch.cat(outputs).double(), torch.cat(targets).double()
     return nn.functional.mse_loss(predictions, targets).item(), predictions.numpy()
 
 
 @contextlib.contextmanager
-def keeping_best(network, save):
-    """Give a function keep(epoch) that marks the weights of `network` as the best so far.
+def keeping_best(model, save):
+    """Give a function keep(epoch) that marks what `model` has learned as the best so far.
 
-    They are saved as training ends, however it ends, and before that at most every SAVE_EVERY seconds: an epoch on
-    stored features takes less time than writing a checkpoint.
+    With a function save(epoch) it is saved as training ends, however it ends, and before that at most every SAVE_EVERY
+    seconds: an epoch on stored features takes less time than writing a checkpoint. At the end the model is as it was
+    marked last.
     """
     best, saved = {}, time.monotonic()
 
     def keep(epoch):
         nonlocal saved
-        best.update(epoch=epoch, state=copy.deepcopy(network.state_dict()))
-        if time.monotonic() - saved > SAVE_EVERY:
+        best.update(epoch=epoch, state=model.learned_state(), saved=time.monotonic() - saved > SAVE_EVERY)
+        if save and best["saved"]:
             save(epoch)
-            best.clear()
             saved = time.monotonic()
 
     try:
         yield keep
     finally:
         if best:
-            network.load_state_dict(best["state"])
-            save(best["epoch"])
+            model.load_state_dict(best["state"], strict=False)
+            if save and not best["saved"]:
+                save(best["epoch"])
+
+
+def make_optimizer(model, args):
+    """AdamW over all that learns, the backbone with a rate of its own, and the schedule of the rates."""
+    groups = [{"params": [p for p in model.head.parameters() if p.requires_grad]}]
+    if model.learning:
+        rate = args.backbone_learning_rate or args.learning_rate
+        groups.append({"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": rate})
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    if args.lr_schedule == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
 def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
@@ -664,20 +659,25 @@ def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
 
     `keep(epoch)` is called after each epoch that lowers the validation loss, or without `val_rows` after the last.
     """
-    network = loader.network
+    model, unit = loader.model, unit_of(args.target)
     torch.manual_seed(args.seed)
-    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=args.learning_rate, fused=True)
+    optimizer, schedule = make_optimizer(model, args)
+    loss_of = loss_function(args, model.target, loader.photos.targets[train_rows].to(device))
     history, best, predictions = [], None, None
     for epoch in range(1, args.epochs + 1):
-        loss = train_one_epoch(network, loader.train(train_rows, epoch), optimizer, device)
+        loss = train_one_epoch(model, loader.train(train_rows, epoch), optimizer, loss_of, device)
+        schedule.step()
+        if model.target.curved:
+            _, predictions = evaluate(model, loader.train(train_rows, epoch), device)
+            measured = loader.photos.targets[shuffled(train_rows, args.seed, epoch)]
+            model.target.balance(predictions, measured.numpy())
         row, text = {"epoch": epoch, "train_loss": loss}, f"{label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
         if len(val_rows):
-            row["val_loss"], predictions = evaluate(network, loader.validation(val_rows), device)
+            row["val_loss"], predictions = evaluate(model, loader.validation(val_rows), device)
             if not math.isfinite(row["val_loss"]):
                 raise UserError(f"the validation loss of epoch {epoch} is not finite: lower --learning_rate")
             row["val_rmse"] = math.sqrt(row["val_loss"])
-            text += f"  val_loss {row['val_loss']:.5f}  val_rmse {row['val_rmse']:.4f} {unit_of(args.target)}".rstrip()
+            text += f"  val_loss {row['val_loss']:.5f}  val_rmse {row['val_rmse']:.4f} {unit}".rstrip()
             improved = best is None or row["val_loss"] < best["val_loss"]
             best = {**row, "predictions": predictions} if improved else best
         else:
@@ -686,50 +686,111 @@ def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
         history.append(row)
         if improved and keep:
             keep(epoch)
+        if args.patience and best and epoch - best["epoch"] >= args.patience:
+            logger.info(f"{label}stopped: no lower val_loss for {args.patience} epochs")
+            break
     return history, best, predictions
+
+
+def start_over(loader, labels, train_rows, args, device, backbone_state):
+    """Bring the model to where training starts, with all statistics taken from the training rows alone."""
+    model, photos = loader.model, loader.photos
+    model.load_state_dict(backbone_state, strict=False)
+    model.encoder = MetadataEncoder.fit(labels.iloc[train_rows], args.metadata_columns)
+    photos.metadata = torch.from_numpy(model.encoder.encode(labels))
+    model.new_head(
+        metadata_width=model.encoder.width,
+        standardize=args.standardize_features,
+        target_transform=args.target_transform,
+    )
+    model.target.fit(photos.targets[train_rows])
+    if model.head.standardize:
+        model.eval()
+        with torch.inference_mode():
+            batches = loader.train(train_rows, 1)
+            model.head.standardize.fit(torch.cat([model.features(inputs.to(device)) for inputs, *_ in batches]))
+
+
+def keep_aside(labels, rows, args):
+    """Two parts of `rows`, by plant: to learn from, and to choose the epoch on."""
+    learn, watch = split_by_plant(labels.iloc[rows], args.val_split, args.seed)
+    return rows[learn], rows[watch]
 
 
 def judge(loader, labels, splits, args, device, save):
     """Train on each split from the same start and predict the rows that it holds out.
 
     One split: the epoch with the lowest validation loss counts. Folds: the last epoch counts, so that no epoch is
-    chosen on the rows it is judged by, and the model that is saved learns from all rows in the same way.
+    chosen on the rows it is judged by, and the model that is saved learns from all rows in the same way. Folds with
+    `--patience`: each keeps a share of its training plants aside and chooses the epoch on these.
     Returns the history, the predictions, and the epoch with how it was chosen.
     """
-    start = copy.deepcopy(loader.network.state_dict())
-    histories, tables = [], []
+    model, aside = loader.model, bool(args.folds and args.patience)
+    start = {name: state for name, state in model.learned_state().items() if name.startswith("backbone.")}
+    histories, tables, held_out = [], [], []
     for fold, (train_rows, val_rows) in enumerate(splits, start=1):
-        loader.network.load_state_dict(start)
-        with contextlib.nullcontext() if args.folds else keeping_best(loader.network, save) as keep:
-            label = f"fold {fold}/{len(splits)}  " if args.folds else ""
-            history, best, last = fit(loader, train_rows, val_rows, args, device, label, keep)
+        label = f"fold {fold}/{len(splits)}  " if args.folds else ""
+        learn, watch = keep_aside(labels, train_rows, args) if aside else (train_rows, val_rows)
+        start_over(loader, labels, learn, args, device, start)
+        last_counts = args.folds and not aside
+        keeping = contextlib.nullcontext() if last_counts else keeping_best(model, None if args.folds else save)
+        with keeping as keep:
+            history, best, predicted = fit(loader, learn, watch, args, device, label, keep)
+        if aside:
+            _, predicted = evaluate(model, loader.validation(val_rows), device)
+        if args.folds and model.backbone:
+            held_out.append(distances(familiar_features(loader, learn, device), features_of(loader, val_rows, device)))
         histories.append(pd.DataFrame(history).assign(fold=fold))
         table = labels.iloc[val_rows].assign(fold=fold, measured=lambda rows: rows[args.target])
-        table["predicted"] = last if args.folds else best["predictions"]
+        table["predicted"] = predicted if args.folds else best["predictions"]
         tables.append(table.assign(training_mean=labels[args.target].iloc[train_rows].mean()))
-    if args.folds:
-        loader.network.load_state_dict(start)
-        with keeping_best(loader.network, save) as keep:
-            history, _, _ = fit(loader, np.arange(len(labels)), [], args, device, "all rows  ", keep)
-        histories.append(pd.DataFrame(history).assign(fold=0))
-        chosen = {"epoch": args.epochs, "epoch_chosen_on": "none"}
-    else:
-        chosen = {"epoch": best["epoch"], "epoch_chosen_on": "validation"}
-        chosen["last_epoch_val_rmse"] = history[-1]["val_rmse"]
     predictions = pd.concat(tables)
-    return pd.concat(histories), predictions.assign(error=predictions["predicted"] - predictions["measured"]), chosen
+    predictions["error"] = predictions["predicted"] - predictions["measured"]
+    if args.folds:
+        floor = 0 if (labels[args.target] >= 0).all() else -math.inf
+        calibration = calibrate(predictions["predicted"], predictions["error"], predictions["_plant"], floor=floor)
+        rows = np.arange(len(labels))
+        learn, watch = keep_aside(labels, rows, args) if aside else (rows, [])
+        start_over(loader, labels, learn, args, device, start)
+
+        def save_all(epoch):
+            familiar = familiar_features(loader, learn, device) | limit_of(held_out) if model.backbone else None
+            save(epoch, calibration, familiar)
+
+        with keeping_best(model, save_all) as keep:
+            history, best, _ = fit(loader, learn, watch, args, device, "final model  ", keep)
+        histories.append(pd.DataFrame(history).assign(fold=0))
+    chosen = {"epoch": best["epoch"] if best else args.epochs, "epoch_chosen_on": "validation"}
+    if args.folds:
+        chosen["epoch_chosen_on"] = "training plants kept aside" if aside else "none"
+    else:
+        chosen["last_epoch_val_rmse"] = history[-1]["val_rmse"]
+    return pd.concat(histories), predictions, chosen
 
 
-def save_checkpoint(model, args, epoch):
-    """All that is needed to weigh a photo, as tensors and plain values: it loads with weights_only=True."""
+@torch.inference_mode()
+def features_of(loader, rows, device):
+    """Features float64 (len(rows), width) of the plain photos, by the model as it is now."""
+    loader.model.eval()
+    features = [loader.model.features(inputs.to(device)).cpu() for inputs, *_ in loader.validation(rows)]
+    return torch.cat(features).double().numpy()
+
+
+def familiar_features(loader, rows, device):
+    return describe_features(features_of(loader, rows, device))
+
+
+def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
+    """All that is needed to weigh a photo, as tensors and plain values: it loads with weights_only=True.
+
+    `calibration` and `familiar` are what held-out photos taught, see calibration.py; None without folds.
+    """
     checkpoint = {
         "model_state": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "model_name": model.model_name,
-        "image_size": IMAGE_SIZE,
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "precision": model.precision,
-        "frozen": model.frozen,
+        "settings": model.settings(),
+        "metadata": model.encoder.plan,
+        "calibration": calibration,
+        "familiar": familiar and {name: torch.as_tensor(value) for name, value in familiar.items()},
         "target": args.target,
         "unit": unit_of(args.target),
         "group_by": args.group_by,
@@ -780,6 +841,14 @@ def between(low, high):
     return parse
 
 
+def from_zero(text):
+    """argparse type: a number of 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return value
+
+
 VIEWS_HELP = """augmented versions kept of each training photo when the backbone is frozen: epoch e trains on version
     (e - 1) mod this; 0: a new version in every epoch, not kept"""
 
@@ -802,17 +871,41 @@ def build_parser():
     add("--folds", type=whole(0), default=0, help="cross-validate by plant in so many folds; 0: one split")
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--model_name", choices=BACKBONES, default="resnet18", help="backbone")
+    add(
+        "--model_name",
+        choices=BACKBONES,
+        metavar="NAME",
+        default="resnet18",
+        help="backbone, of torchvision's registry",
+    )
+    add(
+        "--image_size",
+        type=whole(64, 2048),
+        help="pixels a side (default: what the backbone's weights were trained on)",
+    )
     add("--weights", default="imagenet", help="of the backbone: imagenet (downloaded once), none (random) or a file")
     add = model.add_mutually_exclusive_group().add_argument
     add("--freeze_backbone", action="store_true", default=True, help="train the head alone (default)")
     add("--unfreeze_backbone", dest="freeze_backbone", action="store_false", help="train all layers")
+    add("--unfreeze_from", metavar="LAYER", help="train from this part of the backbone on, say layer4")
+    add = model.add_argument
+    add("--standardize_features", action="store_true", help="features with mean 0 and deviation 1 over training rows")
+    add("--metadata_columns", nargs="+", metavar="COLUMN", default=[], help="of the sheet, as input beside the photo")
+    add("--metadata_only", action="store_true", help="leave the photo out: what would the metadata alone give?")
+    add("--allow_leaky_columns", action="store_true", help="also columns measured at the harvest or near the target")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole(1), default=20, help="passes over the training photos")
     add("--batch_size", type=whole(1), default=32, help="photos a training step")
     add("--learning_rate", type=between(0, math.inf), default=1e-3, help="of AdamW")
+    add("--backbone_learning_rate", type=between(0, math.inf), help="of the backbone (default: --learning_rate)")
+    add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 over all epochs")
+    add("--weight_decay", type=from_zero, default=0.01, help="of AdamW")
+    add("--patience", type=whole(0), default=0, help="stop after so many epochs without a lower val_loss; 0: never")
+    add("--loss", choices=list(LOSSES), default="mse", help="of the transformed target")
+    add("--target_transform", choices=TRANSFORMS, default="none", help="undone before every number that is shown")
     add("--seed", type=whole(0, 2**32 - 1), default=42, help="of split, augmentation, random weights and order")
     add("--augment_views", type=whole(0), default=4, help=VIEWS_HELP)
+    add("--no_augmentation", action="store_true", help="train on the photos as they are")
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
@@ -837,6 +930,15 @@ def complete_arguments(args):
         )
     if args.folds == 1:
         raise UserError("--folds 1 leaves nothing to train on: pass 2 or more, or 0 for one split")
+    learning = args.unfreeze_from or not args.freeze_backbone
+    if args.metadata_only and not args.metadata_columns:
+        raise UserError("--metadata_only needs --metadata_columns with what to learn from")
+    if args.metadata_only and (learning or args.standardize_features or args.image_size):
+        raise UserError("--metadata_only leaves the photo out: pass no flags of the backbone or its features with it")
+    if args.backbone_learning_rate and not learning:
+        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
+    if args.allow_leaky_columns and not args.metadata_columns:
+        raise UserError("--allow_leaky_columns needs --metadata_columns")
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
@@ -845,7 +947,12 @@ def complete_arguments(args):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
     outputs += [args.results_dir / name for name in RESULT_FILES]
-    for path in outputs if args.no_cache else [*outputs, args.cache_dir / "features"]:
+    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"])
+
+
+def check_writable(paths):
+    """Make the folders of files that are to be written, and find out whether they can be."""
+    for path in paths:
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
         try:
@@ -861,18 +968,23 @@ def train(argv, args, lines):
     complete_arguments(args)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    labels = load_labels(args.labels_path, args.target, args.group_by)
+    curved = args.target_transform in ("log", "sqrt")
+    labels = load_labels(
+        args.labels_path, args.target, args.group_by, args.metadata_columns, args.allow_leaky_columns, curved
+    )
     labels = filter_missing_images(labels, args.image_dir)
     splits = make_splits(labels, args)
     torch.manual_seed(args.seed)
-    model = build_model(args.model_name, args.weights, args.freeze_backbone, precision, device)
-    photos = BiomassDataset(labels, args.target, args.seed)
+    learn_from = args.unfreeze_from if args.freeze_backbone else ""
+    name = None if args.metadata_only else args.model_name
+    model = build_model(name, args.weights, learn_from, precision, device, args.image_size)
+    photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
     run = describe_run(argv, args, device, precision, labels)
     open_log(lines, args.log_path)
     log_run(run, args)
-    loader = FeatureLoader(model, photos, splits, args) if args.freeze_backbone else ImageLoader(model, photos, args)
+    loader = make_loader(model, photos, splits, args)
     history, predictions, chosen = judge(
-        loader, labels, splits, args, device, lambda epoch: save_checkpoint(model, args, epoch)
+        loader, labels, splits, args, device, functools.partial(save_checkpoint, model, args)
     )
     metrics = summarize(predictions, chosen, splits, labels, args)
     metrics["run"] = run | {"seconds": round(time.perf_counter() - started, 1)}
@@ -889,7 +1001,7 @@ def main(argv=None):
         try:
             train(argv, args, lines)
         except UserError as error:  # from a worker process it comes with a traceback before its last line
-            parser.error(str(error).strip().splitlines()[-1].removeprefix("train_model.UserError: "))
+            parser.error(str(error).strip().splitlines()[-1].removeprefix("model.UserError: "))
         except OSError as error:
             parser.error(f"cannot write {error.filename} ({error.strerror}): close or free it and start again")
         except KeyboardInterrupt:

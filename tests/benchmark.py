@@ -60,7 +60,7 @@ def plain_loop(labels, batch_size, batches, frozen, device):
     """Seconds a row of the plain loop's training and validation, over so many batches of each."""
     to_tensor = [
         transforms.ToTensor(),
-        transforms.Normalize(train_model.IMAGENET_MEAN, train_model.IMAGENET_STD),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ]
     jitter = [transforms.RandomHorizontalFlip(), transforms.RandomRotation(10), transforms.ColorJitter(0.2, 0.2, 0.1)]
     resize = transforms.Resize((224, 224))
@@ -125,7 +125,8 @@ def where_time_goes(labels, device, precision, photos_measured=128):
     """Milliseconds a photo of each step of the extraction alone, and photos/s of the forward pass and of all steps."""
     labels = labels.head(photos_measured)
     photos = train_model.BiomassDataset(labels, TARGET, 42)
-    model = train_model.build_model("resnet18", "none", True, precision, device)
+    model = train_model.build_model("resnet18", "none", None, precision, device)
+    part = model.split()
     steps = {}
 
     def clock(name, function):
@@ -136,11 +137,11 @@ def where_time_goes(labels, device, precision, photos_measured=128):
 
     opened = clock("decode", lambda: [train_model.open_photo(path) for path in labels["_path"]])
     resize = train_model.transforms.resize
-    resized = clock("resize", lambda: [resize(photo, [train_model.IMAGE_SIZE] * 2) for photo in opened])
+    resized = clock("resize", lambda: [resize(photo, [photos.image_size] * 2) for photo in opened])
     clock("augment", lambda: [photos.augment(photo, row, 0) for row, photo in enumerate(resized)])
     pairs = [(row, view) for row in range(len(labels)) for view in range(4)]
     images = train_model.PhotoBatches(photos, pairs, train_model.EXTRACTION_BATCH[device.type])[0][0]
-    extractor, count, threads = model.extractor(), len(pairs) // len(images), torch.get_num_threads()
+    extractor, count, threads = model.extractor(part), len(pairs) // len(images), torch.get_num_threads()
 
     @torch.inference_mode()
     def once(_):
@@ -155,7 +156,7 @@ def where_time_goes(labels, device, precision, photos_measured=128):
     ways = {
         "forward, a batch a core": lambda: forward(True),
         "forward, all cores on a batch": lambda: forward(False),
-        "extraction": lambda: sum(map(len, train_model.extract_features(model, photos, pairs))),
+        "extraction": lambda: sum(map(len, train_model.extract_features(model, part, photos, pairs))),
     }
     rates = {name: [] for name in ways}
     for repeat in range(4):

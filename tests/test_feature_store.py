@@ -10,6 +10,7 @@ from PIL import Image
 
 import train_model
 from feature_store import FeatureStore
+from model import BiomassModel
 
 TARGET = "fresh_weight_total"
 RECIPE = {"backbone": "resnet18", "weights": "a"}
@@ -32,12 +33,16 @@ def loader(photos, cache_dir, model, **flags):
             computed.extend(pairs)
             return super().extract(pairs)
 
-    return Watched(model, photos, [(np.arange(10), np.arange(10, 20))], args), computed
+    return Watched(model, model.split(), photos, [(np.arange(10), np.arange(10, 20))], args), computed
+
+
+def stored(features, view, rows):
+    return features.stored[features.place[view][rows]].numpy()
 
 
 def model_of(seed, precision="fp32"):
     torch.manual_seed(seed)
-    return train_model.BiomassModel("resnet18", precision=precision)
+    return BiomassModel("resnet18", precision=precision)
 
 
 def test_stored_features_equal_those_of_the_whole_model(photos, tmp_path):
@@ -46,15 +51,15 @@ def test_stored_features_equal_those_of_the_whole_model(photos, tmp_path):
         features, computed = loader(photos, tmp_path, model, epochs=3)
         batches = train_model.PhotoBatches(photos, [(row, 2) for row in range(10)], 10)
         with torch.inference_mode():
-            direct = model.backbone(train_model.normalize(batches[0][0]))
-            plain = model.backbone(train_model.normalize(torch.stack([photos[row][0] for row in range(10, 20)])))
-        assert features.table[2][:10].numpy() == pytest.approx(direct.numpy(), rel=1e-4, abs=1e-5)
-        assert features.table[None][10:20].numpy() == pytest.approx(plain.numpy(), rel=1e-4, abs=1e-5)
+            direct = model.backbone(model.normalize(batches[0][0]))
+            plain = model.backbone(model.normalize(torch.stack([photos[row][0] for row in range(10, 20)])))
+        assert stored(features, 2, range(10)) == pytest.approx(direct.numpy(), rel=1e-4, abs=1e-5)
+        assert stored(features, None, range(10, 20)) == pytest.approx(plain.numpy(), rel=1e-4, abs=1e-5)
     assert computed == []
     with torch.inference_mode():
         model.eval()
-        predicted = torch.cat([model.head(batch) for batch, _ in features.validation(np.arange(10, 20))])
-        whole = model(torch.stack([photos[row][0] for row in range(10, 20)]))
+        predicted = torch.cat([model(batch, none) for batch, none, _ in features.validation(np.arange(10, 20))])
+        whole = model(torch.stack([photos[row][0] for row in range(10, 20)]), torch.zeros(10, 0))
     assert predicted.numpy() == pytest.approx(whole.numpy(), abs=1e-5)
 
 
@@ -63,9 +68,9 @@ def test_half_precision_is_stored_without_a_loss_that_a_scale_would_show(photos,
     features, _ = loader(photos, tmp_path, model, epochs=1)
     images = torch.stack([photos[row][0] for row in range(10, 20)])
     with torch.inference_mode():
-        stored = torch.cat([model.head(batch) for batch, _ in features.validation(np.arange(10, 20))])
-        direct = model.head(model.extractor()(images))
-    assert stored.numpy() == pytest.approx(direct.numpy(), abs=1e-3)
+        kept = torch.cat([model(batch, none) for batch, none, _ in features.validation(np.arange(10, 20))])
+        direct = model(model.extractor(model.split())(images), torch.zeros(10, 0))
+    assert kept.numpy() == pytest.approx(direct.numpy(), abs=1e-3)
 
 
 def test_epochs_walk_through_the_views(photos, tmp_path):
@@ -76,11 +81,16 @@ def test_epochs_walk_through_the_views(photos, tmp_path):
 
     def epoch(number):
         order = train_model.shuffled(rows, 42, number)
-        batches = torch.cat([batch for batch, _ in features.train(rows, number)])
+        batches = torch.cat([batch for batch, *_ in features.train(rows, number)])
         return batches[np.argsort(order)]
 
     assert torch.equal(epoch(1), epoch(3)) and torch.equal(epoch(2), epoch(4))
     assert not torch.equal(epoch(1), epoch(2))
+    args = train_model.build_parser().parse_args(["--no_augmentation", "--cache_dir", str(tmp_path)])
+    plain = train_model.FeatureLoader(model, model.split(), photos, [(rows, np.arange(10, 20))], args)
+    wanted = torch.cat([batch for batch, *_ in plain.validation(rows)])
+    trained = torch.cat([batch for batch, *_ in plain.train(rows, 3)])
+    assert torch.equal(trained[np.argsort(train_model.shuffled(rows, 42, 3))], wanted)
     fresh, computed = loader(photos, tmp_path, model, augment_views=0, epochs=5)
     assert computed == []  # validation rows are in the store
     list(fresh.train(rows, 1))
@@ -93,14 +103,14 @@ def test_a_view_does_not_depend_on_order_workers_or_batch(photos):
     wanted = {(row, view): photos[row, view][0] for row, view in reversed(pairs)}
     for order, size, workers in ((pairs, 4, 0), (pairs[::-1], 5, 2), (pairs, 18, 1)):
         batches = train_model.PhotoBatches(photos, order, size)
-        images = torch.cat([images for images, _ in train_model.read_ahead(batches, workers)])
+        images = torch.cat([images for images, *_ in train_model.read_ahead(batches, workers)])
         for pair, image in zip(order, images, strict=True):
             assert torch.equal(image, wanted[pair])
     assert not torch.equal(wanted[0, 0], wanted[0, 1])
     assert wanted[0, None].shape == (3, 224, 224) and wanted[0, None].dtype == torch.uint8
 
 
-def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, drawn, tmp_path, monkeypatch):
+def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, tmp_path):
     model = model_of(0)
     assert len(loader(photos, tmp_path / "store", model, epochs=1)[1]) == 20
     assert loader(photos, tmp_path / "store", model, epochs=1)[1] == []
@@ -123,7 +133,7 @@ def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, dr
 
     other_seed = train_model.BiomassDataset(labels, TARGET, 43)
     assert {view for _, view in loader(other_seed, tmp_path / "store", model, epochs=1)[1]} == {0}
-    monkeypatch.setattr(train_model, "IMAGE_SIZE", 192)
+    model.image_size = again.image_size = 192
     assert len(loader(again, tmp_path / "store", model, epochs=1)[1]) == 20
 
 
@@ -136,7 +146,7 @@ def test_damaged_and_half_written_files_are_named_and_replaced(tmp_path, caplog)
         yield wanted[missing]
 
     def features():
-        return FeatureStore(tmp_path, RECIPE, 4, np.float32).features(keys, compute)
+        return FeatureStore(tmp_path, RECIPE, (4,), np.float32).features(keys, compute)
 
     assert np.array_equal(features(), wanted)
     (path,) = tmp_path.glob("*/*.npy")
@@ -150,15 +160,15 @@ def test_damaged_and_half_written_files_are_named_and_replaced(tmp_path, caplog)
 
 
 def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_path):
-    first, second = (FeatureStore(tmp_path, RECIPE, 2, np.float16) for _ in range(2))
+    first, second = (FeatureStore(tmp_path, RECIPE, (2,), np.float16) for _ in range(2))
     for store in (first, second, first):
         store.add(["a" * 32], np.ones((1, 2)))
         store.add(["b" * 32], np.zeros((1, 2)))
-    found, features = FeatureStore(tmp_path, RECIPE, 2, np.float16).find(["b" * 32, "c" * 32, "a" * 32])
-    assert found.tolist() == [True, False, True] and features.tolist() == [[0, 0], [1, 1]]
-    other = FeatureStore(tmp_path, {**RECIPE, "weights": "b"}, 2, np.float16)
+    found, features = FeatureStore(tmp_path, RECIPE, (2,), np.float16).find(["b" * 32, "c" * 32, "a" * 32])
+    assert found.tolist() == [True, False, True] and features[found].tolist() == [[0, 0], [1, 1]]
+    other = FeatureStore(tmp_path, {**RECIPE, "weights": "b"}, (2,), np.float16)
     assert not other.find(["a" * 32])[0].any()
-    nothing = FeatureStore(None, RECIPE, 2, np.float16)
+    nothing = FeatureStore(None, RECIPE, (2,), np.float16)
     asked = []
     for _ in range(2):
         nothing.features(["a" * 32], lambda missing: asked.append(missing) or [np.ones((1, 2))])
@@ -166,6 +176,6 @@ def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_p
 
 
 def test_features_beyond_float16_are_refused():
-    store = FeatureStore(None, RECIPE, 1, np.float16)
+    store = FeatureStore(None, RECIPE, (1,), np.float16)
     with pytest.raises(OverflowError):
         store.features(["a" * 32], lambda missing: [np.full((1, 1), 1e6, np.float32)])

@@ -21,6 +21,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 import eda
 import report
 import train_model
+from model import BiomassModel
 
 TARGET = "fresh_weight_total"
 SHEET = "digital_biomass_labels.xlsx"
@@ -107,19 +108,19 @@ def test_a_frozen_backbone_is_bit_identical_after_training(drawn, tmp_path):
     train(drawn, tmp_path / "out", "--epochs", 2, "--seed", 7)
     trained = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model_state"]
     torch.manual_seed(7)
-    fresh = train_model.BiomassModel("resnet18").state_dict()
+    fresh = BiomassModel("resnet18").state_dict()
     assert trained.keys() == fresh.keys()
     for name, tensor in fresh.items():
-        assert torch.equal(trained[name], tensor) == name.startswith("backbone."), name
+        assert torch.equal(trained[name], tensor) == name.startswith(("backbone.", "head.target")), name
 
 
 def test_a_frozen_model_keeps_its_batchnorm_still_in_train_mode():
-    model = train_model.BiomassModel("resnet18").train()
+    model = BiomassModel("resnet18").train()
     before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
-    model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)).sum().backward()
+    model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.zeros(4, 0)).sum().backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
     assert [name for name, p in model.named_parameters() if p.grad is not None] == [
-        "head.1.weight", "head.1.bias", "head.3.weight", "head.3.bias",
+        "head.image.1.weight", "head.image.1.bias", "head.last.weight", "head.last.bias",
     ]  # fmt: skip
 
 
@@ -160,44 +161,43 @@ def test_the_loop_overfits_eight_photos(drawn):
     labels = train_model.filter_missing_images(labels, drawn / "images_med_res").iloc[:8]
     photos = train_model.BiomassDataset(labels, TARGET, seed=0)
     torch.manual_seed(0)
-    model = train_model.BiomassModel("resnet18").eval()
-    images, targets = train_model.PhotoBatches(photos, [(row, None) for row in range(8)], 8)[0]
+    model = BiomassModel("resnet18")
+    model.new_head(standardize=True)
+    images, metadata, targets = train_model.PhotoBatches(photos, [(row, None) for row in range(8)], 8)[0]
     with torch.inference_mode():
-        features = model.extractor()(images)
-        assert torch.allclose(model.head(features), model(images), atol=1e-5)
-    features = (features - features.mean(0)) / (features.std(0) + 1e-6)
-    batches = [(features.clone(), targets)]
+        model.eval()
+        features = model.extractor(model.split())(images)
+        model.head.standardize.fit(features)
+        assert torch.allclose(model(features, metadata), model(images, metadata), atol=1e-4)
+    batches = [(features.clone(), metadata, targets)]
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-3)
     for _ in range(300):
-        train_model.train_one_epoch(model.head, batches, optimizer, torch.device("cpu"))
-    loss, predictions = train_model.evaluate(model.head, batches, torch.device("cpu"))
-    assert loss == pytest.approx(np.mean((predictions - photos.targets) ** 2))
+        train_model.train_one_epoch(model, batches, optimizer, torch.nn.functional.mse_loss, torch.device("cpu"))
+    loss, predictions = train_model.evaluate(model, batches, torch.device("cpu"))
+    assert loss == pytest.approx(np.mean((predictions - photos.targets.numpy()) ** 2))
     assert math.sqrt(loss) < 0.2 * photos.targets.std()
 
 
 def test_losses_are_means_over_rows_not_over_batches():
-    class Constant(torch.nn.Module):
-        def forward(self, inputs):
-            return inputs
-
-    inputs = torch.zeros(5, 1)
+    model = BiomassModel(None)
+    model.new_head(metadata_width=1)
+    for parameter in model.head.last.parameters():
+        torch.nn.init.zeros_(parameter)
     targets = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0])
-    batches = list(zip(inputs.split(4), targets.split(4), strict=True))
-    assert train_model.evaluate(Constant(), batches, torch.device("cpu"))[0] == pytest.approx(13 / 5)
-    layer = torch.nn.Linear(1, 1)
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    still = torch.optim.SGD(layer.parameters(), lr=0.0)
-    assert train_model.train_one_epoch(layer, batches, still, torch.device("cpu")) == pytest.approx(13 / 5)
+    columns = (torch.zeros(5, 0), torch.zeros(5, 1), targets)
+    batches = list(zip(*(column.split(4) for column in columns), strict=True))
+    assert train_model.evaluate(model, batches, torch.device("cpu"))[0] == pytest.approx(13 / 5)
+    still, loss = torch.optim.SGD(model.parameters(), lr=0.0), torch.nn.functional.l1_loss
+    assert train_model.train_one_epoch(model, batches, still, loss, torch.device("cpu")) == pytest.approx(13 / 5)
 
 
 def test_all_layers_learn_when_the_backbone_is_not_frozen(drawn, tmp_path):
     train(drawn, tmp_path / "out", "--epochs", 1, "--unfreeze_backbone", "--seed", 7)
     trained = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model_state"]
     torch.manual_seed(7)
-    fresh = train_model.BiomassModel("resnet18").state_dict()
+    fresh = BiomassModel("resnet18").state_dict()
     same = [name for name, tensor in fresh.items() if torch.equal(trained[name], tensor)]
-    assert same == []
+    assert same == ["head.target.mean", "head.target.scale", "head.target.ratio"]
 
 
 def test_imagenet_weights_come_from_the_cache_of_torch(drawn, tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(
             Image.fromarray(pixels).save(tmp_path / "data" / "images_med_res" / name)
             rows.append({"filename": name, "plant_number": plant, TARGET: weight})
     pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
-    flags = ["--epochs", 150, "--folds", 4, "--learning_rate", 3e-3, "--augment_views", 1]
+    flags = ["--epochs", 40, "--folds", 4, "--learning_rate", 3e-3, "--augment_views", 1, "--standardize_features"]
     by_rows = train(tmp_path / "data", tmp_path / "rows", *flags, "--group_by", "filename")
     by_plant = train(tmp_path / "data", tmp_path / "plants", *flags)
     assert by_rows["val_rmse"] < 0.75 * by_rows["baseline_mean_rmse"]
@@ -416,7 +416,7 @@ BAD_INPUT = {
     "batch text": (["--batch_size", "many"], ["--batch_size", "'many'"]),
     "val_split": (["--val_split", "1"], ["--val_split", "below 1"]),
     "learning rate": (["--learning_rate", "nan"], ["--learning_rate"]),
-    "model": (["--model_name", "resnet19"], ["resnet19", "resnet18", "resnet34", "resnet50"]),
+    "model": (["--model_name", "resnet19"], ["resnet19", "resnet18", "resnet34", "efficientnet_v2_s", "convnext_tiny"]),
     "device": (["--device", "tpu"], ["tpu", "cuda", "cpu"]),
     "weights": (["--weights", "nowhere.pth"], ["no weight file at nowhere.pth"]),
     "bad weights": (["--weights", "photo.xlsx"], ["photo.xlsx"]),
@@ -427,6 +427,19 @@ BAD_INPUT = {
     "curves": (["--curves_path", "curves.foo"], ["curves.foo", ".png"]),
     "picture": (["--results_dir", "taken"], ["cannot write", "worst_predictions.png"]),
     "empty sheet": (["--labels_path", "empty.csv"], ["empty.csv"]),
+    "layer": (["--unfreeze_from", "layer9"], ["--unfreeze_from layer9", "layer4"]),
+    "nothing to train": (["--unfreeze_from", "avgpool"], ["--unfreeze_from avgpool", "layer4"]),
+    "two freezings": (["--unfreeze_from", "layer4", "--unfreeze_backbone"], ["not allowed with"]),
+    "frozen rate": (["--backbone_learning_rate", "1e-4"], ["--backbone_learning_rate", "--unfreeze_backbone"]),
+    "image size": (["--model_name", "vit_b_16", "--image_size", "100"], ["--image_size 100", "vit_b_16"]),
+    "loss": (["--loss", "mape"], ["--loss", "huber"]),
+    "decay": (["--weight_decay", "-1"], ["--weight_decay", "0 or more"]),
+    "no metadata": (["--metadata_only"], ["--metadata_only", "--metadata_columns"]),
+    "unknown metadata": (["--metadata_columns", "age"], ["'age'", "nearest: 'age_days'"]),
+    "harvest": (["--metadata_columns", "age_days", "fresh_weight_shoot"], ["fresh_weight_shoot", "harvest", "--allow"]),
+    "classes": (["--metadata_columns", "class", "--labels_path", "copied.csv"], ["class", "correlation"]),
+    "a copy": (["--metadata_columns", "mass_mg", "--labels_path", "copied.csv"], ["mass_mg", "correlation", "1.000"]),
+    "remarks": (["--metadata_columns", "remark", "--labels_path", "copied.csv"], ["remark", "different texts"]),
     "cache": (["--cache_dir", "photo.xlsx"], ["cannot write", "photo.xlsx"]),
 }
 
@@ -438,6 +451,11 @@ def test_a_mistake_gets_one_line_and_leaves_earlier_outputs_alone(case, drawn, t
     sheet = pd.read_excel(drawn / SHEET)
     sheet.assign(**{TARGET: None}).to_csv("unlabelled.csv", index=False)
     sheet.assign(plant_number=1).to_csv("one_plant.csv", index=False)
+    copied = sheet.assign(mass_mg=1000 * sheet[TARGET], remark=[f"remark {row}" for row in range(len(sheet))])
+    copied[TARGET] = np.where(copied[TARGET].isna(), np.nan, np.arange(len(sheet)) // 15 + 0.1 + copied[TARGET] / 10)
+    copied["class"] = "class " + (np.arange(len(sheet)) // 15).astype(str).astype(object)
+    copied["mass_mg"] = 1000 * copied[TARGET]
+    copied.to_csv("copied.csv", index=False)
     Path("photo.xlsx").write_bytes(b"neither sheet nor weights")
     Path("folder").mkdir()
     Path("taken/worst_predictions.png").mkdir(parents=True)
