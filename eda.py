@@ -10,13 +10,21 @@ Writes figures/target_distribution.png, sample_images.png, correlation_heatmap.p
                `baselines`: the error in grams that a model has to beat
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # while the libraries load; main() takes over
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("eda.py: interrupted\n"), os._exit(130)))
+
 import argparse
-import difflib
+import contextlib
 import hashlib
 import io
 import json
-import os
-import tempfile
+import logging
+import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,10 +33,25 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageStat
 from tqdm import tqdm
 
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg")
+from inputs import (
+    LARGE_PHOTO,
+    PHOTO_SUFFIXES,
+    PhotoFolder,
+    UserError,
+    as_if_in_mg,
+    fault_of,
+    one_line,
+    open_image,
+    open_photo,
+    read_photo_file,
+    read_sheet,
+    to_numbers,
+)
+from outputs import alone, check_writable, logging_to_console, printable, whole_file
+
 CHANNELS = ["red", "green", "blue"]
 DEFAULT_GROUP_BY = ["plant_number"]  # as the study did
 PLANT_COLUMNS = ["experiment_id", "plant_number"]  # plant numbers restart in every experiment
@@ -42,11 +65,13 @@ DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is nois
 FOLDS = 5
 BOOTSTRAP_DRAWS = 2000
 SHOWN = 5  # rows or files that one line of text names; the audit in the summary names all
+MOST_COLUMNS, MOST_AGES, MOST_PIXELS_WIDE = 40, 40, 600  # that a figure shows: columns, boxes, pixels of a sample photo
 FAULTS = {
     "text_weights": "weights written as text",
     "cells_not_numbers": "cells that are no number in a column of numbers",
     "negative_weights": "negative weights",
     "zero_weights": "weights of zero",
+    "weights_as_if_in_mg": "weights some 1000 times the others, as if in mg",
     "wrong_totals": "total weights that are not shoot + root",
     "rows_twice": "rows that repeat an earlier row",
     "photos_with_several_weights": "photos with several weights",
@@ -58,113 +83,110 @@ FAULTS = {
     "decreasing_ages": "ages that decrease with time within a plant",
 }
 
+looking_at_large = threading.Lock()  # held while a large photo is in memory, so that threads do not add up
+logger = logging.getLogger("train_model")
+
 
 # Data
-
-
-class UserError(Exception):
-    """A mistake in the input that its one-line message tells how to mend."""
-
-
-def read_sheet(path, target):
-    """Read the label sheet: the first sheet of an .xlsx, or a .csv with commas or semicolons.
-
-    Returns all rows that hold a value, `filename` as text without outer spaces, the other cells as they were typed.
-    Raises UserError for a sheet that cannot be read and for a column that is not there.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no label sheet at {path}: pass --labels_path")
-    try:
-        if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig") as file:
-                header = file.readline()
-            sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
-        else:
-            sheet = pd.read_excel(path, engine="calamine")
-    except Exception as error:  # pandas, calamine and zipfile each raise their own
-        raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
-    sheet.columns = [str(name).strip() for name in sheet.columns]
-    require_columns(sheet, ["filename", target], path)
-    sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
-    sheet["filename"] = sheet["filename"].astype("string").str.strip()
-    return sheet
-
-
-def require_columns(sheet, columns, path):
-    for column in columns:
-        if column not in sheet.columns:
-            nearest = difflib.get_close_matches(column, sheet.columns, n=1, cutoff=0.0)
-            found = f"nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}" if nearest else "it is empty"
-            raise UserError(f"{path} has no column '{column}'; {found}")
-
-
-def to_numbers(cells):
-    """Cells as floats: the text "0,25" is read as 0.25, what is no finite number becomes NaN."""
-    if not pd.api.types.is_numeric_dtype(cells):
-        text = cells.astype("string").str.strip().str.replace(",", ".", regex=False)
-        cells = pd.to_numeric(text, errors="coerce")
-    return cells.astype(float).replace([np.inf, -np.inf], np.nan)
-
-
-def open_photo(path):
-    """Open a photo as 8-bit RGB, turned upright by its EXIF tag, transparency laid over white."""
-    with Image.open(path) as file:
-        photo = ImageOps.exif_transpose(file)
-    if photo.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
-        photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
-    if photo.mode in ("LA", "PA", "RGBA") or "transparency" in photo.info:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    return photo.convert("RGB")
 
 
 def load_labels(path, target, group_by):
     """Return the sheet, and the same rows as they were typed, where a weight of text still shows.
 
-    A column becomes one of numbers if more than half of its filled cells are numbers; ids stay as they are.
+    A column becomes one of numbers if more than half of its filled cells are numbers, times become Unix seconds, and
+    an id is the same typed as a number or as text.
     """
-    typed = read_sheet(path, target)
+    if target == "filename":
+        raise UserError("--target filename: the file names are no weights; name the column of the weights")
+    typed = read_sheet(path, [target] if group_by == DEFAULT_GROUP_BY else [target, *group_by])
     sheet = typed.copy()
     sheet[target] = to_numbers(typed[target])
-    if group_by != DEFAULT_GROUP_BY:
-        require_columns(sheet, group_by, path)
-    for column in sheet.columns.difference([*ID_COLUMNS, *group_by]):
-        numbers = to_numbers(sheet[column])
-        if numbers.count() > sheet[column].count() / 2:
-            sheet[column] = numbers
+    for column in sheet.columns.drop(["filename", target]):
+        cells = typed[column]
+        numbers = to_seconds(cells) if column == "timestamp" else to_numbers(cells)
+        if column not in ID_COLUMNS and column not in group_by:
+            if numbers.count() > cells.count() / 2:
+                sheet[column] = numbers
+        elif not pd.api.types.is_numeric_dtype(cells):
+            sheet[column] = numbers if numbers.count() == cells.count() else cells.astype("string").str.strip()
     if sheet[target].count() == 0:
         raise UserError(f"no row of {path} has a number in '{target}'")
-    return sheet, typed
+    return sheet.copy(), typed  # in one piece again, as columns were replaced one by one
+
+
+def to_seconds(cells):
+    """Times as Unix seconds, from numbers, dates, and dates written as text: the day before the month if both fit."""
+    seconds = to_numbers(cells)
+    text = cells[seconds.isna()].dropna().astype("string")
+    ways = ({"format": "ISO8601"}, {"dayfirst": True}, {})
+    dates = max((pd.to_datetime(text, errors="coerce", utc=True, **way) for way in ways), key=pd.Series.count)
+    return seconds.fillna(to_numbers(dates.dt.tz_localize(None)))
 
 
 def has_numbers(sheet, *columns):
     return all(column in sheet and pd.api.types.is_numeric_dtype(sheet[column]) for column in columns)
 
 
-def scan_photos(folder, filenames):
-    """Open once each photo of the folder and each that the sheet names; return what they tell, a row a file name."""
-    names = {file.name for file in folder.iterdir() if file.suffix.lower() in PHOTO_SUFFIXES and file.name[0] != "."}
-    names = sorted(names | {name for name in filenames.dropna() if (folder / name).is_file()})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: Pillow, NumPy and hashlib release the interpreter
-        looks = pool.map(look_at, [folder / name for name in names])
+def find_photos(folder, sheet):
+    """Spell each `filename` of the sheet as the folder does; return the sheet, and the fault of each name not found."""
+    spelt, faults = {}, {}
+    for name in sheet["filename"].dropna().unique():
+        path, fault = folder.find(name)
+        if fault:
+            faults[name] = fault
+        else:
+            spelt[name] = path.relative_to(folder.folder).as_posix()
+    other = [f"'{name}' is {found}" for name, found in spelt.items() if name != found]
+    if other:
+        logger.info(line("file names of the sheet that the folder spells otherwise", other))
+        names = sheet["filename"].map(lambda name: spelt.get(name, name), na_action="ignore")
+        sheet = sheet.assign(filename=names.astype("string"))
+    return sheet, faults
+
+
+def list_photos(folder):
+    """Names of the folder's own photos: no hidden file, pipe or folder, and no link that leads out."""
+    with os.scandir(folder.folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(PHOTO_SUFFIXES) and not entry.name.startswith("."):
+                linked = entry.is_symlink() and os.path.isfile(entry.path) and not folder.find(entry.name)[1]
+                if linked or entry.is_file(follow_symlinks=False):
+                    yield entry.name
+
+
+def scan_photos(folder, found):
+    """Open once each photo of the folder and each that was `found` for the sheet.
+
+    Returns what they tell, a row a file name.
+    """
+    names = sorted({*found, *list_photos(folder)})
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))  # threads do: the libraries release the interpreter
+    try:
+        looks = pool.map(look_at, [folder.folder / name for name in names])
         looks = list(tqdm(looks, total=len(names), desc="photos", unit="photo", disable=None))
-    return pd.DataFrame(looks, index=names, columns=["problem", "mode", "size", "digest", "green_area", *CHANNELS])
+    finally:  # at Ctrl-C without the photos that wait
+        pool.shutdown(cancel_futures=True)
+    columns = ["problem", "mode", "size", "digest", "green_area", *CHANNELS]
+    return pd.DataFrame(looks, index=pd.Index(names, dtype=object), columns=columns)
 
 
 def look_at(path):
     """What one photo tells: mode, size, digest of its pixels, mean channels (0..1) and green area, or its problem."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as file:
-            mode = file.mode
-        photo = open_photo(io.BytesIO(content))
-    except UnidentifiedImageError:  # its text holds a memory address
-        return {"problem": "not an image" if content else "empty file"}
+        content = read_photo_file(path)
+        with open_image(content) as file:
+            mode, large = file.mode, file.width * file.height > LARGE_PHOTO
+        with looking_at_large if large else contextlib.nullcontext():
+            return {"mode": mode} | describe_photo(open_photo(content))
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file makes Pillow raise almost anything
-        return {"problem": str(error) or type(error).__name__}
+        return {"problem": fault_of(error)}
+
+
+def describe_photo(photo):
     size = f"{photo.width}x{photo.height}"
-    look = {"mode": mode, "size": size, "digest": hashlib.sha256(size.encode() + photo.tobytes()).hexdigest()}
+    look = {"size": size, "digest": hashlib.sha256(size.encode() + photo.tobytes()).hexdigest()}
     means = dict(zip(CHANNELS, np.array(ImageStat.Stat(photo).mean) / 255, strict=True))
     return look | means | {"green_area": green_area(photo)}
 
@@ -201,15 +223,16 @@ def summarize(sheet, photos, target):
 # Audit: a fault wants mending, a fact wants knowing
 
 
-def audit_data(sheet, typed, photos, target):
+def audit_data(sheet, typed, photos, not_found, target):
     """Return {"faults": {name: {count, found}}, "facts"}; rows are named by their number in Excel.
 
     A check that lacks a column of the sheet has found None.
     """
     filenames = sheet["filename"].fillna("no file name")
-    names = pd.Series([f"row {row + 2} ({name})" for row, name in filenames.items()], sheet.index, dtype=object)
+    names = [f"row {row + 2} ({short(name)})" for row, name in filenames.items()]
+    names = pd.Series(names, sheet.index, dtype=object)
     found = weight_faults(sheet, typed, target, names) | row_faults(sheet, target, names)
-    found |= photo_faults(sheet, photos, names)
+    found |= photo_faults(sheet, photos, not_found, names)
     found |= {"wrong_totals": wrong_totals(sheet, names), "decreasing_ages": decreasing_ages(sheet, names)}
     facts = {
         "missing_share": sheet.isna().mean().to_dict(),
@@ -223,22 +246,33 @@ def audit_data(sheet, typed, photos, target):
     return {"faults": {name: {"count": counts[name], "found": found[name]} for name in FAULTS}, "facts": facts}
 
 
+def short(text, most=100):
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def tell(template, *columns):
+    """The template filled in for each row of the columns, which are of one length."""
+    return [template.format(*cells) for cells in zip(*columns, strict=True)]
+
+
 def weight_faults(sheet, typed, target, names):
     weights, cells = sheet[target], typed[target]
     text = cells[cells.map(lambda cell: isinstance(cell, str)) & weights.notna()]
     if len(text) > weights.count() / 2:  # a CSV file, where all is text: the rarer decimal mark is the odd one
         commas, points = text.str.contains(",", regex=False), text.str.contains(".", regex=False)
         text = text[commas if commas.sum() < points.sum() else points]
-    lost = [
-        f"{names[row]}: {column} '{typed[column][row]}'"
-        for column in sheet.columns.drop("filename")
-        for row in sheet.index[sheet[column].isna() & typed[column].notna()]
-    ]
+    lost = []
+    for column in sheet.columns.drop("filename"):
+        gone = sheet[column].isna() & typed[column].notna()
+        quoted = typed.loc[gone, column].map(lambda cell: short(str(cell)))
+        lost += [f"{name}: {column} '{cell}'" for name, cell in zip(names[gone], quoted, strict=True)]
+    negative, in_mg = weights < 0, as_if_in_mg(weights)
     return {
-        "text_weights": [f"{names[row]}: '{cell}' read as {weights[row]:g}" for row, cell in text.items()],
+        "text_weights": tell("{}: '{}' read as {:g}", names[text.index], text.map(short), weights[text.index]),
         "cells_not_numbers": lost,
-        "negative_weights": [f"{names[row]}: {weight:g}" for row, weight in weights[weights < 0].items()],
+        "negative_weights": tell("{}: {:g}", names[negative], weights[negative]),
         "zero_weights": [*names[weights == 0]],
+        "weights_as_if_in_mg": tell("{}: {:g}", names[in_mg], weights[in_mg]),
     }
 
 
@@ -248,34 +282,49 @@ def wrong_totals(sheet, names):
         return None
     total, parts = sheet["fresh_weight_total"], sheet["fresh_weight_shoot"] + sheet["fresh_weight_root"]
     off = (total - parts).abs() > 0.001 + 0.01 * parts.abs()
-    return [f"{names[row]}: {total[row]:g}, not {parts[row]:g}" for row in sheet.index[off]]
+    return tell("{}: {:g}, not {:g}", names[off], total[off], parts[off])
 
 
 def row_faults(sheet, target, names):
-    repeated, several = [], []
-    for filename, rows in sheet[sheet["filename"].duplicated(keep=False)].groupby("filename"):
-        for _, same in rows.groupby(target, dropna=False):
-            repeated += [f"{names[row]} repeats row {same.index[0] + 2}" for row in same.index[1:]]
-        weights = rows[target].dropna()
-        if weights.nunique() > 1:
-            several.append(f"{filename}: " + ", ".join(f"{weights[row]:g} in row {row + 2}" for row in weights.index))
-    return {"rows_twice": repeated, "photos_with_several_weights": several}
-
-
-def photo_faults(sheet, photos, names):
-    listed, same = sheet["filename"].isin(photos.index), []
-    for _, photo in photos[photos["digest"].duplicated(keep=False)].dropna(subset="digest").groupby("digest"):
-        rows = sheet[sheet["filename"].isin(photo.index)]
-        plants = len(rows[[column for column in PLANT_COLUMNS if column in sheet]].drop_duplicates())
-        same.append(f"{' = '.join(photo.index)} (plants: {plants})")
-    odd = photos["mode"].dropna().loc[lambda mode: mode != "RGB"]
+    rows = sheet[["filename", target]].dropna(subset="filename")
+    rows = rows[rows["filename"].duplicated(keep=False)]
+    first = rows.index.to_series().groupby([rows["filename"], rows[target]], dropna=False).transform("min")
+    again = first[first != first.index]
+    rows = rows.dropna(subset=target)
+    rows = rows[rows.groupby("filename")[target].transform("nunique") > 1]
+    several = {}
+    for row, filename, weight in zip(rows.index, rows["filename"], rows[target], strict=True):
+        several.setdefault(filename, []).append(f"{weight:g} in row {row + 2}")
     return {
-        "missing_photos": [*names[~listed]],
-        "unreadable_photos": [f"{name}: {problem}" for name, problem in photos["problem"].dropna().items()],
-        "unused_photos": [*photos.index.difference(sheet["filename"].dropna())],
-        "photos_not_rgb": [f"{name}: mode {mode}" for name, mode in odd.items()],
-        "photos_under_several_names": sorted(same),
+        "rows_twice": tell("{} repeats row {}", names[again.index], again + 2),
+        "photos_with_several_weights": [f"{name}: {', '.join(weights)}" for name, weights in sorted(several.items())],
     }
+
+
+def photo_faults(sheet, photos, not_found, names):
+    listed = sheet["filename"].isin(photos.index)
+    missing = sheet.loc[~listed, "filename"].fillna("")
+    reasons = [f": {not_found[name]}" if name in not_found else "" for name in missing]
+    problems, odd = photos["problem"].dropna(), photos["mode"].dropna().loc[lambda mode: mode != "RGB"]
+    return {
+        "missing_photos": tell("{}{}", names[~listed], reasons),
+        "unreadable_photos": tell("{}: {}", problems.index, problems),
+        "unused_photos": [*photos.index.difference(sheet["filename"].dropna())],
+        "photos_not_rgb": tell("{}: mode {}", odd.index, odd),
+        "photos_under_several_names": same_photos(sheet, photos),
+    }
+
+
+def same_photos(sheet, photos):
+    digests = photos["digest"].dropna()
+    digests = digests[digests.duplicated(keep=False)]
+    rows = sheet.assign(digest=sheet["filename"].map(digests)).dropna(subset="digest")
+    plants = rows.drop_duplicates(["digest", *(column for column in PLANT_COLUMNS if column in sheet)])
+    plants = plants["digest"].value_counts()
+    same = {}
+    for name, digest in digests.items():
+        same.setdefault(digest, []).append(name)
+    return sorted(f"{' = '.join(same[digest])} (plants: {plants.get(digest, 0)})" for digest in same)
 
 
 def decreasing_ages(sheet, names):
@@ -283,7 +332,8 @@ def decreasing_ages(sheet, names):
         return None
     rows = sheet.sort_values("timestamp", kind="stable").dropna(subset=["timestamp", "age_days"])
     ages, step = rows["age_days"], rows.groupby(PLANT_COLUMNS)["age_days"].diff()
-    return [f"{names[row]}: {ages[row]:g} days after {ages[row] - step[row]:g}" for row in rows.index[step < 0]]
+    back = step < 0
+    return tell("{}: {:g} days after {:g}", names[rows.index[back]], ages[back], (ages - step)[back])
 
 
 def weight_outliers(sheet, target, names):
@@ -294,7 +344,7 @@ def weight_outliers(sheet, target, names):
     logs, ages = np.log(rows[target]), rows["age_days"]
     low, high = (logs.groupby(ages).transform("quantile", q) for q in (0.25, 0.75))
     beyond = rows.index[(logs < low - 1.5 * (high - low)) | (logs > high + 1.5 * (high - low))]
-    return [f"{names[row]}: {rows[target][row]:g} at {ages[row]:g} days" for row in beyond]
+    return tell("{}: {:g} at {:g} days", names[beyond], rows.loc[beyond, target], ages[beyond])
 
 
 def count_plants(sheet):
@@ -309,26 +359,37 @@ def count_plants(sheet):
     }
 
 
+def correlations(sheet, target, least):
+    """Pearson's r of the target with each other column of numbers; NaN where fewer than `least` rows have both."""
+    columns = [*sheet.select_dtypes("number", exclude="timedelta")]
+    r = {}
+    for column in columns:
+        if column != target:
+            pair = sorted([column, target], key=columns.index)
+            r[column] = sheet[pair].corr(min_periods=least).iloc[0, 1]
+    return pd.Series(r, dtype=float)
+
+
 def telling_columns(sheet, target):
     """Columns measured at harvest, or with |r| above 0.95 over ten rows or more, and their r."""
-    r = sheet.corr(numeric_only=True, min_periods=10)[target].drop(target)
+    r = correlations(sheet, target, 10)
     return {column: value for column, value in r.items() if column in HARVEST_COLUMNS or abs(value) > 0.95}
+
+
+def line(text, found, shown=SHOWN):
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return f"{text} ({len(found)}): {'; '.join(short(item, 300) for item in found[:shown])}{more}"
 
 
 def describe_audit(audit, num_records):
     """The audit as texts that carry its numbers."""
-
-    def line(text, found, shown=SHOWN):
-        more = f" and {len(found) - shown} more" if len(found) > shown else ""
-        return f"{text} ({len(found)}): {'; '.join(found[:shown])}{more}"
-
     facts, plants = audit["facts"], audit["facts"]["plants"]
     texts = [line(FAULTS[name], fault["found"]) for name, fault in audit["faults"].items() if fault["count"]]
     gaps = [
         f"{name} {share * num_records:.0f} ({share:.2%})" for name, share in facts["missing_share"].items() if share
     ]
     if gaps:
-        texts.append(line(f"columns with empty cells in {num_records} rows", gaps, len(gaps)))
+        texts.append(line(f"columns with empty cells in {num_records} rows", gaps, MOST_COLUMNS))
     if facts["weight_outliers_at_age"]:
         texts.append(line("weights beyond 1.5 IQR of the log weight at their age", facts["weight_outliers_at_age"]))
     if plants and plants["plant_numbers_in_several_experiments"]:
@@ -340,7 +401,7 @@ def describe_audit(audit, num_records):
         texts.append(line("photo sizes", [f"{size}: {n} photos" for size, n in facts["photo_sizes"].items()]))
     telling = [f"{name} r = {r:.2f}" for name, r in facts["columns_that_tell_the_answer"].items()]
     if telling:
-        texts.append(line("columns that tell the answer, no model input", telling, len(telling)))
+        texts.append(line("columns that tell the answer, no model input", telling, MOST_COLUMNS))
     not_checked = [FAULTS[name] for name, fault in audit["faults"].items() if fault["count"] is None]
     return texts + [f"not checked, for want of a column of numbers: {text}" for text in not_checked]
 
@@ -374,8 +435,13 @@ def fit_law(areas, grams):
 def rmse_interval(errors, groups, seed):
     """95 % interval of the RMSE by a percentile bootstrap over groups, for photos of one plant err alike."""
     squares = pd.Series(np.square(errors)).groupby(groups).agg(["sum", "size"]).to_numpy()
-    shares = np.full(len(squares), 1 / len(squares))
-    total, rows = (np.random.default_rng(seed).multinomial(len(squares), shares, BOOTSTRAP_DRAWS) @ squares).T
+    rng, count = np.random.default_rng(seed), len(squares)
+    if count > 5000:  # one draw at a time, as all at once would fill the memory
+        draws = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_DRAWS))
+        sums = np.array([draw.astype(float) @ squares for draw in draws])
+    else:
+        sums = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) @ squares
+    total, rows = sums.T
     return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
 
 
@@ -396,6 +462,8 @@ def measure_baselines(sheet, photos, target, group_by, seed):
         a, b, smearing, _ = fit_law(areas, grams)
     except ValueError:
         return None
+    if not all(np.isfinite(guess).all() for guess in guesses.values()):  # too steep a law
+        return None
     scores = {
         name: {
             "rmse": root_mean_squared_error(grams, guess),
@@ -412,7 +480,7 @@ def measure_baselines(sheet, photos, target, group_by, seed):
     return {"how": how, "rows": len(rows), "groups": len(set(groups)), **scores}
 
 
-# Plots: each is named as its file and returns a figure, or a text that says why there is none
+# Plots: each is named as its file and returns a figure; ValueError says why there is none
 
 
 def readable(column):
@@ -450,14 +518,16 @@ def target_distribution(sheet, photos, args):
 def sample_images(sheet, photos, args):
     rows = sheet[sheet["filename"].isin(photos.index[photos["problem"].isna()])].dropna(subset=args.target)
     if rows.empty:
-        return "no row has both a weight and a readable photo"
+        raise ValueError("no row has both a weight and a readable photo")
     rng = np.random.default_rng(args.seed)
     by_weight = rows.index[np.argsort(rows[args.target], kind="stable")]
     chosen = [rng.choice(part) for part in np.array_split(by_weight, min(12, len(rows)))]
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     grid = figure.subplots(2, 6).ravel()
     for axes, row in zip(grid, chosen, strict=False):
-        axes.imshow(open_photo(args.image_dir / rows["filename"][row]))
+        photo = open_again(args.image_dir / rows["filename"][row])
+        photo.thumbnail((MOST_PIXELS_WIDE, MOST_PIXELS_WIDE))
+        axes.imshow(photo)
         age = f", {rows['age_days'][row]:g} days" if has_numbers(rows, "age_days") else ""
         axes.set_title(f"row {row + 2}: {rows[args.target][row]:.4g} g{age.replace('nan days', 'no age')}", size=9)
     for axes in grid:
@@ -466,13 +536,24 @@ def sample_images(sheet, photos, args):
     return figure
 
 
+def open_again(path):
+    try:
+        return open_photo(path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"the photo {path} was replaced during the run ({fault_of(error)}): start it again") from error
+
+
 def correlation_heatmap(sheet, photos, args):
     import seaborn  # here, as it takes a second that --help can spare
 
-    numbers = sheet.select_dtypes("number").loc[:, lambda columns: columns.nunique() > 1]
+    numbers = sheet.select_dtypes("number", exclude="timedelta").loc[:, lambda columns: columns.nunique() > 1]
     if args.target not in numbers or numbers.shape[1] < 2:
-        return f"it needs {args.target} and another column of numbers that vary"
-    order = numbers.corr()[args.target].drop(args.target).sort_values(ascending=False, kind="stable").index
+        raise ValueError(f"it needs {args.target} and another column of numbers that vary")
+    r = correlations(numbers, args.target, 1).sort_values(ascending=False, kind="stable")
+    strongest = r.abs().nlargest(MOST_COLUMNS, keep="first").index if len(r) > MOST_COLUMNS else r.index
+    order = r[r.index.isin(strongest)].index
     filled = numbers[[args.target, *order]].notna().astype(int)
     r, n = numbers[filled.columns].corr(min_periods=3).loc[order], (filled.T @ filled).loc[order]
     above = np.triu(np.ones(r.shape, dtype=bool), k=1)
@@ -487,17 +568,24 @@ def correlation_heatmap(sheet, photos, args):
     }
     texts = (r.map("{:.2f}\n".format) + n.astype(str)).iloc[:, :-1]
     seaborn.heatmap(r.iloc[:, :-1], mask=above[:, :-1], annot=texts, ax=axes, **style, **labels)
-    axes.set_title(f"Correlation, sorted by r with {args.target}\nbelow each r its rows n; * measured at harvest")
+    of_all = f", the strongest {len(order)} of {numbers.shape[1] - 1}" if len(order) < numbers.shape[1] - 1 else ""
+    axes.set_title(
+        f"Correlation, sorted by r with {args.target}{of_all}\nbelow each r its rows n; * measured at harvest"
+    )
     return figure
 
 
 def age_vs_biomass(sheet, photos, args):
     if not has_numbers(sheet, "age_days"):
-        return "the sheet has no column age_days with numbers"
+        raise ValueError("the sheet has no column age_days with numbers")
     rows = sheet.dropna(subset="age_days")[lambda rows: rows[args.target] > 0]
     if rows.empty:
-        return "no row has both an age and a weight above zero"
-    by_age = dict(list(rows.groupby("age_days")[args.target]))
+        raise ValueError("no row has both an age and a weight above zero")
+    ages = rows["age_days"]
+    if ages.nunique() > MOST_AGES:
+        width = (ages.max() - ages.min()) / (MOST_AGES - 1)
+        ages = (ages / width).round() * width
+    by_age = dict(list(rows.groupby(ages)[args.target]))
     step = np.diff([*by_age]).min() if len(by_age) > 1 else 1
     jittered = rows["age_days"] + step * np.random.default_rng(args.seed).uniform(-0.25, 0.25, len(rows))
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -507,7 +595,7 @@ def age_vs_biomass(sheet, photos, args):
         axes.boxplot([*by_age.values()], positions=[*by_age], widths=0.6 * step, showfliers=False)
         medians = [weights.median() for weights in by_age.values()]
         axes.plot([*by_age], medians, color="darkorange", marker="o", label="trend of the median")
-        axes.set_xticks([*by_age], [f"{age:g}\nn = {len(weights)}" for age, weights in by_age.items()])
+        axes.set_xticks([*by_age], [f"{age:.4g}\nn = {len(weights)}" for age, weights in by_age.items()])
         axes.set(xlabel="age (days)", ylabel=readable(args.target))
         axes.legend(loc="upper left")
     plain_log(logarithmic.yaxis, rows[args.target].min(), rows[args.target].max())
@@ -518,7 +606,7 @@ def age_vs_biomass(sheet, photos, args):
 def image_pixel_analysis(sheet, photos, args):
     means = photos[CHANNELS].dropna()
     if means.empty:
-        return "no photo is readable"
+        raise ValueError("no photo is readable")
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for channel in CHANNELS:
@@ -532,10 +620,7 @@ def image_pixel_analysis(sheet, photos, args):
 
 def green_area_vs_biomass(sheet, photos, args):
     _, areas, grams = weighed_areas(sheet, photos, args.target)
-    try:
-        a, b, smearing, law = fit_law(areas, grams)
-    except ValueError as error:
-        return str(error)
+    a, b, smearing, law = fit_law(areas, grams)
     seen = areas > 0
     line = np.geomspace(areas[seen].min(), areas[seen].max(), 50)
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -563,68 +648,59 @@ FIGURES = (
 # Output
 
 
-def check_writable(path):
-    """Raise UserError if no file can come to lie at `path`, without leaving anything there."""
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {nearest}: {error.strerror}") from error
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-
-
 def write_whole(path, content):
-    """Write beside the place and move over it, so that no half-written file ever lies there."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): free it and start again") from error
 
 
 def write_figures(sheet, photos, args):
-    """Draw and write each figure; print why one is left out. Returns the paths written."""
-    written = []
+    """Draw and write each figure; say why one is left out."""
     for plot in FIGURES:
-        path = args.figures_dir / f"{plot.__name__}.png"
-        figure = plot(sheet, photos, args)
-        if isinstance(figure, str):
-            print(f"{path.name} left out: {figure}")
-            continue
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=120)
-        if plot is sample_images:  # photos compress badly: a palette makes them a third of the size
-            drawn, content = Image.open(content).convert("RGB"), io.BytesIO()
-            drawn.quantize(256).save(content, "PNG", optimize=True)
-        write_whole(path, content.getvalue())
-        written.append(path)
-    return written
+        path = figure_path(plot, args)
+        try:
+            content = draw(plot, sheet, photos, args)
+        except ValueError as error:  # Matplotlib raises it too, for numbers that it cannot place on an axis
+            logger.info(f"{path.name} left out: {one_line(error)}")
+        else:
+            write_whole(path, content)
 
 
-def print_summary(summary, target):
-    stats = {name: value for name, value in summary["fresh_weight_stats"].items() if value is not None}
-    print(f"{summary['num_records']} rows, {summary['num_images_on_disk']} photos on disk")
-    print(f"{readable(target)}: " + ", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
-    print("Audit", *summary["data_quality_issues"], sep="\n- ")
+def draw(plot, sheet, photos, args):
+    """The figure as a PNG file, bytes."""
+    content = io.BytesIO()
+    plot(sheet, photos, args).savefig(content, format="png", dpi=120)
+    if plot is sample_images:  # photos compress badly: a palette makes them a third of the size
+        drawn, content = Image.open(content).convert("RGB"), io.BytesIO()
+        drawn.quantize(256).save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
+def figure_path(plot, args):
+    return args.figures_dir / f"{plot.__name__}.png"
+
+
+def log_summary(summary, target):
+    stats = {name: value for name, value in summary["fresh_weight_stats"].items() if value == value}
+    logger.info(f"{summary['num_records']} rows, {summary['num_images_on_disk']} photos on disk")
+    logger.info(f"{readable(target)}: " + ", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
+    logger.info("Audit")
+    for issue in summary["data_quality_issues"]:
+        logger.info(f"- {issue}")
     baselines = summary["baselines"]
     if baselines is None:
-        print(f"Baselines: none; they need {FOLDS} plants (--group_by) with weighed photos of different green area")
+        needed = f"{FOLDS} plants (--group_by) with weighed photos of different green area"
+        logger.info(f"Baselines: none; they need {needed}")
         return
-    print(f"Baselines: {baselines['how']}: {baselines['rows']} rows in {baselines['groups']} groups")
+    logger.info(f"Baselines: {baselines['how']}: {baselines['rows']} rows in {baselines['groups']} groups")
     for name in ("training_mean", "green_area_law"):
-        print(f"- {name.replace('_', ' ')}: RMSE {baselines[name]['rmse']:.4f} g, R2 {baselines[name]['r2']:.3f}")
+        score = baselines[name]
+        logger.info(f"- {name.replace('_', ' ')}: RMSE {score['rmse']:.4f} g, R2 {score['r2']:.3f}")
     law = baselines["green_area_law"]
-    print(
-        f"- the law: weight = {law['a']:.4g} * A^{law['b']:.3f}, times {law['smearing_factor']:.3f} (Duan's smearing)",
-        end="",
-    )
-    print(f"; A the green area, {law['area_unit']}")
+    formula = f"weight = {law['a']:.4g} * A^{law['b']:.3f}, times {law['smearing_factor']:.3f} (Duan's smearing)"
+    logger.info(f"- the law: {formula}; A the green area, {law['area_unit']}")
 
 
 # Command line
@@ -632,15 +708,15 @@ def print_summary(summary, target):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, shown = parser.add_argument, "default: %(default)s"
     add("--data_dir", type=Path, default=Path("infos/mlops_biomass_data"), help=shown)
-    add("--labels_path", type=Path, help=".xlsx or .csv; default: DATA_DIR/digital_biomass_labels.xlsx")
-    add("--image_dir", type=Path, help="folder of PNG or JPEG photos; default: DATA_DIR/images_med_res")
+    add("--labels_path", type=Path, help=".xlsx, .ods or .csv; default: DATA_DIR/digital_biomass_labels.xlsx")
+    add("--image_dir", type=Path, help="folder of PNG, JPEG, TIFF or WebP photos; default: DATA_DIR/images_med_res")
     add("--figures_dir", type=Path, default=Path("figures"), help=shown)
     add("--summary_path", type=Path, default=Path("results/eda_summary.json"), help=shown)
     add("--target", default="fresh_weight_total", help=f"column of the weight in grams; {shown}")
@@ -651,41 +727,71 @@ def build_parser():
 
 
 def check_arguments(args):
-    """Fill in the paths that follow from --data_dir; raise UserError for what cannot be read or written."""
+    """Fill in the paths that follow from --data_dir; raise UserError for what cannot be."""
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
         draw = "draw sample data: `python make_sample_data.py`, then `--data_dir sample_data`"
         raise UserError(f"no data folder at {args.data_dir}; pass --data_dir, or {draw}")
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
-    if not args.image_dir.is_dir():
-        raise UserError(f"no image folder at {args.image_dir}; pass --image_dir")
     if not 0 <= args.seed < 2**32:
         raise UserError("--seed must be a whole number from 0 to 4294967295")
-    for path in (args.summary_path, *(args.figures_dir / f"{plot.__name__}.png" for plot in FIGURES)):
-        check_writable(path)
+
+
+def check_outputs(args, names):
+    """The files to write. Raises UserError for one that cannot be written, or would lie among the photos `names`."""
+    outputs = [args.summary_path, *(figure_path(plot, args) for plot in FIGURES)]
+    photos = {os.path.realpath(args.image_dir / name) for name in names if Path(name).name in {p.name for p in outputs}}
+    for path in outputs:
+        in_folder = path.suffix.lower() in PHOTO_SUFFIXES and path.parent.resolve() == args.image_dir.resolve()
+        if in_folder or os.path.realpath(path) in photos:
+            raise UserError(f"cannot write {path}: it would be one of the photos; choose another place for it")
+    check_writable(outputs, [args.labels_path])
+    return outputs
+
+
+def explore(args):
+    """The whole run, from the sheet to the summary."""
+    check_arguments(args)
+    folder = PhotoFolder(args.image_dir)
+    sheet, typed = load_labels(args.labels_path, args.target, args.group_by)
+    sheet, not_found = find_photos(folder, sheet)
+    found = {*sheet["filename"].dropna()} - {*not_found}
+    with alone(check_outputs(args, found)):
+        photos = scan_photos(folder, found)
+        summary = summarize(sheet, photos, args.target)
+        audit = audit_data(sheet, typed, photos, not_found, args.target)
+        summary["data_quality_issues"] = describe_audit(audit, len(sheet))
+        summary["audit"] = audit
+        summary["baselines"] = measure_baselines(sheet, photos, args.target, args.group_by, args.seed)
+        log_summary(summary, args.target)
+        write_figures(sheet, photos, args)
+        text = json.dumps(summary, default=np.generic.item)
+        summary = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity are no JSON
+        write_whole(args.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def main(argv=None):
     matplotlib.use("Agg")  # draws into files, with or without a screen
+    matplotlib.rcParams["text.parse_math"] = False  # names of columns may hold dollar signs
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        check_arguments(args)
-        sheet, typed = load_labels(args.labels_path, args.target, args.group_by)
-        photos = scan_photos(args.image_dir, sheet["filename"])
-        summary = summarize(sheet, photos, args.target)
-        audit = audit_data(sheet, typed, photos, args.target)
-        summary["data_quality_issues"] = describe_audit(audit, len(sheet))
-        summary["audit"] = audit
-        summary["baselines"] = measure_baselines(sheet, photos, args.target, args.group_by, args.seed)
-        text = json.dumps(summary, indent=2, default=np.generic.item)
-        summary = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity are no JSON
-        print_summary(summary, args.target)
-        written = write_figures(sheet, photos, args)
-        write_whole(args.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
-    except UserError as error:
-        parser.error(str(error))
-    print("Wrote", *written, args.summary_path)
+    until_now = signal.getsignal(signal.SIGINT)
+    with logging_to_console(), warnings.catch_warnings():
+        for noise in (RuntimeWarning, UserWarning):  # of the libraries on odd data, which the audit names
+            warnings.simplefilter("ignore", noise)
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            explore(args)
+        except UserError as error:
+            parser.error(str(error))
+        except MemoryError:
+            parser.error("the memory is full: close other programs, or look at fewer rows and photos")
+        except OSError as error:
+            parser.error(one_line(error))
+        except KeyboardInterrupt:
+            parser.exit(130, "eda.py: interrupted\n")
+        finally:
+            signal.signal(signal.SIGINT, until_now)
     return 0
 
 

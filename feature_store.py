@@ -10,12 +10,13 @@ import hashlib
 import io
 import json
 import logging
-import os
 import time
-import uuid
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
+
+from outputs import whole_file
 
 KEY_LENGTH = 32  # hexadecimal digits of a SHA-256, enough that no two photos of any collection meet
 FEATURES_A_FILE = 2048  # so that an interrupted run loses seconds of work
@@ -50,6 +51,9 @@ class FeatureStore:
         self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
+            with self._writing():
+                for partial in self.folder.glob("*.partial"):  # of a run that was killed, as none holds the lock
+                    partial.unlink()
             self._write("recipe.json", recipe.encode())
             self.files = [self._read(path) for path in sorted(self.folder.glob("*.npy"))]
         self.keys = np.concatenate([np.empty(0, self.row["key"]), *(rows["key"] for rows in self.files)])
@@ -105,14 +109,13 @@ class FeatureStore:
             np.save(content, rows, allow_pickle=False)
             self._write(f"{hashlib.sha256(content.getbuffer()).hexdigest()}.npy", content.getbuffer())
 
+    def _writing(self):
+        return FileLock(self.folder / "writing.lock")
+
     def _write(self, name, content):
         if not (self.folder / name).exists():
-            partial = self.folder / f"{uuid.uuid4().hex}.partial"
-            try:
+            with self._writing(), whole_file(self.folder / name, told=False) as partial:
                 partial.write_bytes(content)
-                os.replace(partial, self.folder / name)
-            finally:
-                partial.unlink(missing_ok=True)
 
     def _read(self, path):
         try:
@@ -120,10 +123,13 @@ class FeatureStore:
             with path.open("rb") as file:
                 while part := file.read(2**20):
                     sha.update(part)
-            if sha.hexdigest() == path.stem:
-                return np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = np.lib.format.open_memmap(path, mode="r") if sha.hexdigest() == path.stem else None
+            if rows is not None and rows.dtype == self.row and rows.ndim == 1:
+                return rows
         except FileNotFoundError:  # another run has just found it damaged
             return np.empty(0, self.row)
+        except ValueError:  # it is whole, but no table of numbers
+            pass
         logger.info(f"removed the damaged feature file {path}: what it held is computed again")
         path.unlink(missing_ok=True)
         return np.empty(0, self.row)

@@ -17,25 +17,33 @@ with h = water + scale error, both uniform and independent of all else. So E[W |
 the noise floor, is sqrt(mean((W - M) ** 2)) over the rows with a weight.
 """
 
-import argparse
-import functools
-import hashlib
-import math
 import os
-import shutil
 import signal
 import sys
+
+if __name__ == "__main__":  # while the libraries load; main() takes over
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("make_sample_data.py: interrupted\n"), os._exit(130)))
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import shutil
 import tempfile
 import time
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
+
+from outputs import logging_to_console, printable
 
 SHEET, IMAGES, README = "digital_biomass_labels.xlsx", "images_med_res", "README.txt"
 MARKER = "Synthetic FarmBot data, drawn by make_sample_data.py"  # first line of README: this folder is ours to redraw
@@ -44,6 +52,7 @@ MARKER = "Synthetic FarmBot data, drawn by make_sample_data.py"  # first line of
 FULL_ROWS, FULL_UNLABELLED, FULL_WITHOUT_AGE = 4294, 610, 492
 FULL_PLANT_NUMBERS, MOST_PHOTOS = 168, 42
 LAYOUT_SEED = 83  # the first whose 4,294 rows GroupShuffleSplit parts as the real ones: 2,911 / 773
+MOST_IMAGES = 100_000  # at 300,000 some photos of one plant come to share a second, and so a file name
 FIRST_PHOTO, SPAN = 1_600_000_000, int(186.25 * 86400)  # Unix seconds, seconds
 AGES, AGE_SHARES = np.array([7, 14, 21, 28]), [0.14, 0.28, 0.30, 0.28]  # days
 HEAVIEST = {7: 0.1, 14: 0.9, 21: 1.1, 28: 3.1}  # g, by age in days; at 28 the quantiles end first, at 2.113
@@ -80,6 +89,8 @@ WARM = (2, 3)  # experiments under warm grow light
 SUN = math.radians(225)  # light falls from the upper left, clockwise from the right
 THIN, THICK = np.array([[0.62, 0.71, 0.20], [0.28, 0.50, 0.26]], np.float32)  # colour of a leaf by its thickness
 CAST = np.array([1.48, 1.13, 0.5], np.float32)  # what that light does to a leaf's colour
+
+logger = logging.getLogger("train_model")
 
 
 # --- who is photographed, and when ---
@@ -470,8 +481,11 @@ def draw_photos(plants, folder, seed, num_workers):
         list(tqdm(map(save_photo, tasks), **bar))
     else:
         leave_ctrl_c_to_main = (signal.SIGINT, signal.SIG_IGN)
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=leave_ctrl_c_to_main) as pool:
+        pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=leave_ctrl_c_to_main)
+        try:
             list(tqdm(pool.map(save_photo, tasks, chunksize=8), **bar))
+        finally:  # at Ctrl-C without the photos that wait
+            pool.shutdown(cancel_futures=True)
 
 
 # --- the faults of real folders ---
@@ -514,7 +528,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def parse_arguments(argv):
@@ -529,6 +543,8 @@ def parse_arguments(argv):
     for name, least in (("num_images", 20 if args.with_faults else 1), ("seed", 0), ("num_workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}{' with --with_faults' if least == 20 else ''}")
+    if args.num_images > MOST_IMAGES:
+        parser.error(f"--num_images must be at most {MOST_IMAGES}")
     try:
         if args.out.exists() and not ours_to_draw(args.out):
             parser.error(f"--out {args.out} was not drawn by this script, or was changed since; name another folder")
@@ -577,37 +593,60 @@ def describe(args, floor, faults, fingerprint):
 
 
 def move_into_place(drawn, out):
-    """Put the whole drawn set over the old one; README.txt, last, speaks for what lies beside it."""
+    """Put the whole drawn set over the old one; if that fails midway, the old one comes back."""
     out.mkdir(exist_ok=True)
-    if (out / IMAGES).exists():
-        (out / IMAGES).rename(drawn / "old")
-    (drawn / IMAGES).rename(out / IMAGES)
-    for name in (SHEET, README):
-        os.replace(drawn / name, out / name)
+    old = drawn / "old"
+    old.mkdir()
+    with contextlib.ExitStack() as undo:
+        for name in (IMAGES, SHEET, README):
+            if (out / name).exists():
+                undo.callback(move, old / name, out / name)
+                os.replace(out / name, old / name)
+            undo.callback(move, out / name, drawn / name)
+            os.replace(drawn / name, out / name)
+        undo.pop_all()
+
+
+def move(source, target):
+    if source.exists():
+        os.replace(source, target)
+
+
+def draw(args):
+    """Draw the set, and move it into its place once it is whole."""
+    started = time.perf_counter()
+    plants = grow(args.num_images, args.seed)
+    sheet, faults, floor = make_sheet(plants, args.seed), [], noise_floor(plants)
+    out = args.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as drawn:
+        drawn = Path(drawn)
+        draw_photos(plants, drawn / IMAGES, args.seed, args.num_workers)
+        if args.with_faults:
+            sheet, faults = add_faults(sheet, plants, drawn / IMAGES, args.seed)
+        sheet.to_excel(drawn / SHEET, index=False)
+        (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
+        move_into_place(drawn, out)
+    logger.info(f"{args.num_images} photos and {SHEET} in {args.out} ({time.perf_counter() - started:.1f} s)")
+    logger.info(f"noise floor: {floor:.4f} g RMSE" + (f"; {len(faults)} faults drawn in" if faults else ""))
 
 
 def main(argv=None):
     """Draw the set; returns the exit status."""
     parser, args = parse_arguments(argv)
-    started = time.perf_counter()
-    plants = grow(args.num_images, args.seed)
-    sheet, faults, floor = make_sheet(plants, args.seed), [], noise_floor(plants)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{args.out.name}-", dir=args.out.parent) as drawn:
-            drawn = Path(drawn)
-            draw_photos(plants, drawn / IMAGES, args.seed, args.num_workers)
-            if args.with_faults:
-                sheet, faults = add_faults(sheet, plants, drawn / IMAGES, args.seed)
-            sheet.to_excel(drawn / SHEET, index=False)
-            (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
-            move_into_place(drawn, args.out)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error}")
-    except KeyboardInterrupt:
-        parser.exit(130, f"interrupted; {args.out} is as it was\n")
-    print(f"{args.num_images} photos and {SHEET} in {args.out} ({time.perf_counter() - started:.1f} s)")
-    print(f"noise floor: {floor:.4f} g RMSE" + (f"; {len(faults)} faults drawn in" if faults else ""))
+    until_now = signal.getsignal(signal.SIGINT)
+    with logging_to_console():
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            draw(args)
+        except OSError as error:
+            parser.error(f"--out {args.out}: {error}")
+        except (MemoryError, BrokenExecutor):  # a drawing process that was killed
+            parser.error("the memory is full: pass a smaller --num_workers, or close other programs")
+        except KeyboardInterrupt:
+            parser.exit(130, f"make_sample_data.py: interrupted; {printable(args.out)} is as it was\n")
+        finally:
+            signal.signal(signal.SIGINT, until_now)
     return 0
 
 

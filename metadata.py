@@ -5,20 +5,14 @@ import logging
 import numpy as np
 import pandas as pd
 
+from inputs import to_numbers
+
 # Measured at the harvest that gives the target, so they are not known of a plant that is still to be weighed
 HARVEST_COLUMNS = ("fresh_weight_shoot", "fresh_weight_root", "dry_weight_shoot", "shoot_root_ratio_fresh")
 TELLS_THE_ANSWER = 0.95  # correlation with the target, plain or of ranks, from which on a column is taken for it
 MOST_CATEGORIES = 50  # a text column with more is a name or a remark
 
 logger = logging.getLogger("train_model")
-
-
-def to_numbers(cells):
-    """Cells as floats: the text "0,25" is read as 0.25, what is no finite number becomes NaN."""
-    if not pd.api.types.is_numeric_dtype(cells):
-        text = cells.astype("string").str.strip().str.replace(",", ".", regex=False)
-        cells = pd.to_numeric(text, errors="coerce")
-    return cells.astype(float).replace([np.inf, -np.inf], np.nan)
 
 
 def leaks(name, cells, target_name, target):

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import urllib.error
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -10,15 +12,15 @@ import torch.fx
 import torchvision
 from torch import nn
 
+from inputs import UserError, one_line
+from outputs import whole_file
+
 # The rest of torchvision's classifiers fits one way of taking the classifier off: these have no linear layer at their
 # end, or several outputs while they train.
 UNFIT = ("squeezenet1_0", "squeezenet1_1", "googlenet", "inception_v3")
 BACKBONES = [name for name in torchvision.models.list_models(torchvision.models) if name not in UNFIT]
+LARGEST = 2048  # pixels a side
 TRANSFORMS = ("none", "log", "sqrt", "standardize")
-
-
-class UserError(Exception):
-    """A mistake in the input that its one-line message tells how to mend."""
 
 
 # ---------------------------------------------------------------- target
@@ -300,10 +302,6 @@ def cut(backbone, learning):
     return tuple(torch.fx.GraphModule(backbone, graph) for graph in graphs)
 
 
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 def build_model(model_name, weights, learn_from, precision, device, image_size=None):
     """A BiomassModel with the backbone weights that `--weights` names; the rest is drawn from torch's seed."""
     model = BiomassModel(model_name, learn_from, precision, image_size)
@@ -325,6 +323,8 @@ def from_checkpoint(checkpoint, device):
     """The BiomassModel that was saved, in eval mode."""
     settings = dict(checkpoint["settings"])
     choices = settings.pop("head")
+    if settings["model_name"] not in (None, *BACKBONES) or not 0 <= (settings["image_size"] or 0) <= LARGEST:
+        raise ValueError("no checkpoint of ours")
     model = BiomassModel(**settings)
     model.new_head(**choices)
     model.load_state_dict(checkpoint["model_state"])
@@ -350,9 +350,29 @@ def load_weights(model_name, weights):
     if not Path(weights).is_file():
         raise UserError(f"no weight file at {weights}: --weights takes imagenet, none or a file")
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = load_plain(weights)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:
         raise UserError(
             f"--weights {weights} is not a file of plain PyTorch weights ({type(error).__name__})"
         ) from error
+
+
+def load_plain(path):
+    """Tensors and plain values of a file of torch.save; raises where it holds code, or packed more than its size."""
+    if zipfile.is_zipfile(path):  # torch.save packs nothing
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError(f"{path} is a packed archive")
+    with warnings.catch_warnings():  # torch says of some foreign files how their pickle was written
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save_plain(content, path, told=True):
+    """Write tensors and plain values for load_plain."""
+    with whole_file(path, told) as partial, partial.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise error.__context__ or error from None  # the full disk that torch has hidden

@@ -11,9 +11,15 @@ Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high ar
        a model trained with --folds. A photo that cannot be read has the reason in its note, and the exit status is 1.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # while the libraries load; main() takes over
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("predict.py: interrupted\n"), os._exit(130)))
+
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +28,13 @@ import torch
 from tqdm import tqdm
 
 import calibration
-from metadata import MetadataEncoder, to_numbers
-from model import UserError, from_checkpoint, one_line
-from report import logging_to_console, new_figure, plain, save_figure, scores, whole_file
-from train_model import (
-    EXTRACTION_BATCH,
-    Parser,
-    between,
-    check_writable,
-    in_threads,
-    open_photo,
-    pick_device,
-    read_sheet,
-    require_columns,
-    transforms,
-)
+from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
+from metadata import MetadataEncoder
+from model import from_checkpoint, load_plain
+from outputs import alone, check_writable, harmless, logging_to_console, whole_file
+from report import new_figure, plain, save_figure, scores
+from train_model import EXTRACTION_BATCH, Parser, between, in_threads, pick_device, transforms
 
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 UNLIKE = "unlike training photos"
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
 
@@ -53,18 +49,25 @@ class Scale:
 
     def __init__(self, path, device, precision):
         checkpoint = load_checkpoint(path)
-        if precision != "auto":
-            checkpoint["settings"]["precision"] = precision
         try:
-            self.model = from_checkpoint(checkpoint, device)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            if precision != "auto":
+                checkpoint["settings"]["precision"] = precision
+            self.take(checkpoint, device)
+        except Exception as error:  # whatever a foreign checkpoint makes it stumble over
             raise UserError(f"{path} does not fit this train_model.py ({type(error).__name__})") from error
+
+    def take(self, checkpoint, device):
+        self.model = from_checkpoint(checkpoint, device)
         self.encoder = MetadataEncoder(checkpoint["metadata"])
-        self.device, self.target, self.unit = device, checkpoint["target"], checkpoint["unit"]
+        self.device, self.target, self.unit = device, str(checkpoint["target"]), str(checkpoint["unit"])
         self.calibration, familiar = checkpoint["calibration"], checkpoint["familiar"]
         self.familiar = familiar and {name: value.numpy() for name, value in familiar.items()}
         part = self.model.split() if self.model.backbone else None
         self.extract = self.model.extractor(part) if part else lambda images: images  # as in training, to the last bit
+        size = self.image_size or 8
+        self.weigh(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.zeros(1, self.encoder.width))
+        if self.calibration:
+            calibration.interval(self.calibration, np.ones(1), 0.9)
 
     @property
     def image_size(self):
@@ -86,7 +89,7 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise UserError(f"no model at {path}: train one by train_model.py, or pass --model")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
         missing = {"model_state", "settings", "metadata", "target", "unit", "calibration", "familiar"} - set(checkpoint)
     except Exception as error:  # whatever a foreign file makes the unpickler stumble over
         raise UserError(f"{path} is not a checkpoint of train_model.py ({type(error).__name__})") from error
@@ -117,16 +120,13 @@ def find_photos(paths, recursive):
     table = pd.DataFrame(found, columns=["filename", "_path"])
     if table["filename"].duplicated().any():  # of several folders
         table["filename"] = [path.as_posix() for path in table["_path"]]
-    return table.assign(measured=np.nan)
+    return table.assign(measured=np.nan, fault="")
 
 
 def rows_of_sheet(labels_path, image_dir, scale):
     """The rows of a sheet with the `_path` of their photo, `measured` where the sheet has weights, and metadata."""
-    sheet = read_sheet(labels_path)
-    image_dir = image_dir or Path(labels_path).parent / "images_med_res"
-    if not image_dir.is_dir():
-        raise UserError(f"no image folder at {image_dir}: pass --image_dir")
-    require_columns(sheet, [step["column"] for step in scale.encoder.plan], labels_path)
+    sheet = read_sheet(labels_path, [step["column"] for step in scale.encoder.plan])
+    folder = PhotoFolder(image_dir)
     unnamed = sheet["filename"].isna()
     if unnamed.any():
         logger.info(f"left {unnamed.sum():,} rows without a file name out")
@@ -134,20 +134,18 @@ def rows_of_sheet(labels_path, image_dir, scale):
     if sheet.empty:
         raise UserError(f"no row of {labels_path} has a file name")
     sheet["measured"] = to_numbers(sheet[scale.target]) if scale.target in sheet else np.nan
-    return sheet.assign(_path=[image_dir / name for name in sheet["filename"]])
+    found = pd.DataFrame(map(folder.find, sheet["filename"]), columns=["_path", "fault"])
+    return sheet.drop(columns="fault", errors="ignore").join(found)
 
 
-def read_photo(path, size):
+def read_photo(path, fault, size):
     """Pixels uint8 (size, size, 3) and what is wrong with the photo ("" if nothing); black if it cannot be read."""
-    try:
-        return np.asarray(transforms.resize(open_photo(path), [size, size])), ""
-    except FileNotFoundError:
-        fault = "no such file"
-    except OSError as error:
-        fault = f"unreadable photo ({error.strerror or one_line(error)})"
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        fault = f"unreadable photo ({one_line(error)})"
-    return np.zeros((size, size, 3), np.uint8), fault.replace(str(path), path.name)
+    if not fault:
+        try:
+            return np.asarray(transforms.resize(open_photo(path), [size, size])), ""
+        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+            fault = fault_of(error)
+    return np.zeros((size, size, 3), np.uint8), fault
 
 
 def weigh_photos(scale, table):
@@ -155,10 +153,10 @@ def weigh_photos(scale, table):
     metadata = torch.from_numpy(scale.encoder.encode(table))
     size, batch = scale.image_size or 8, EXTRACTION_BATCH[scale.device.type]
     starts = range(0, len(table), batch)
-    paths = table["_path"].tolist()
+    photos_found = list(zip(table["_path"], table["fault"], strict=True))
 
     def read(number):
-        photos = [read_photo(path, size) for path in paths[starts[number] : starts[number] + batch]]
+        photos = [read_photo(*found, size) for found in photos_found[starts[number] : starts[number] + batch]]
         images, faults = zip(*photos, strict=True)
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), list(faults)
 
@@ -212,7 +210,8 @@ def write_table(table, scale, path):
     written = table[["filename", "predicted", "low", "high"]].assign(note=note)
     with whole_file(path) as partial:
         renamed = {name: name + suffix for name in ("predicted", "low", "high")}
-        written.rename(columns=renamed).to_csv(partial, index=False, float_format="%.9g")
+        written = harmless(written.rename(columns=renamed))
+        written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
 def log_summary(table, scale, coverage):
@@ -350,19 +349,34 @@ def build_parser():
 
 
 def predict(args):
-    """The whole run; returns how many photos could not be read."""
+    """The whole run, once the flags have proved sound; returns how many photos could not be read."""
     if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
         raise UserError("pass either photos and folders, or --labels_path with a sheet")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet} must end in .png")
     if args.image_dir and not args.labels_path:
         raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
-    check_writable([path for path in (args.out, args.sheet, args.export) if path])
+    outputs = [path for path in (args.out, args.sheet, args.export) if path]
+    check_writable(outputs, [args.model, *args.photos, *([args.labels_path] if args.labels_path else [])])
+    folders = {os.path.realpath(folder) for folder in (*args.photos, image_dir_of(args)) if folder}
+    for path in outputs:
+        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.dirname(os.path.realpath(path)) in folders:
+            raise UserError(f"cannot write {path}: it would lie among the photos; choose another place for it")
+    with alone(outputs):
+        return weigh_and_write(args)
+
+
+def image_dir_of(args):
+    return args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
+
+
+def weigh_and_write(args):
+    """Weigh all photos and write what was asked for; returns how many could not be read."""
     scale = Scale(args.model, pick_device(args.device), args.precision)
     unreadable = 0
     if args.photos or args.labels_path:
         if args.labels_path:
-            table = rows_of_sheet(args.labels_path, args.image_dir, scale)
+            table = rows_of_sheet(args.labels_path, image_dir_of(args), scale)
         else:
             columns = [step["column"] for step in scale.encoder.plan]
             if columns:
@@ -381,16 +395,21 @@ def predict(args):
 
 def main(argv=None):
     parser = build_parser()
-    args = parser.parse_args(argv)
+    until_now = signal.getsignal(signal.SIGINT)
     with logging_to_console():
         try:
-            return 1 if predict(args) else 0
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            return 1 if predict(parser.parse_args(argv)) else 0
         except UserError as error:
             parser.error(str(error))
+        except MemoryError:
+            parser.error("the memory is full: weigh fewer photos at once, or close other programs")
         except OSError as error:
             parser.error(f"cannot read or write {error.filename} ({error.strerror or one_line(error)})")
         except KeyboardInterrupt:
             parser.exit(130, "predict.py: interrupted\n")
+        finally:
+            signal.signal(signal.SIGINT, until_now)
 
 
 if __name__ == "__main__":

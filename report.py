@@ -1,16 +1,13 @@
 """What a training run says of itself: the log, metrics.txt, the tables and the pictures, all in the target's unit."""
 
-import contextlib
 import importlib.metadata
 import io
 import json
 import logging
-import logging.handlers
 import os
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +18,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from feature_store import digest
+from outputs import harmless, whole_file
 
 BOOTSTRAP_DRAWS = 2000
 RESULT_FILES = ["history.csv", "predictions.csv", "predictions.png", "worst_predictions.png"]
@@ -29,32 +27,6 @@ logger = logging.getLogger("train_model")
 
 
 # ---------------------------------------------------------------- log
-
-
-@contextlib.contextmanager
-def logging_to_console():
-    """Log to the console, and keep the lines for the log file that a run opens once its input has proved sound."""
-    lines = logging.handlers.MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    console = logging.StreamHandler(sys.stdout)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logger.handlers = [console, lines]
-    try:
-        yield lines
-    finally:
-        while logger.handlers:
-            handler = logger.handlers[0]
-            logger.removeHandler(handler)
-            handler.close()
-
-
-def open_log(lines, path):
-    file = logging.FileHandler(path, mode="w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    lines.setTarget(file)
-    lines.flush()
-    logger.removeHandler(lines)
-    logger.addHandler(file)
 
 
 def log_run(run, args):
@@ -110,10 +82,13 @@ def rmse_interval(errors, plants, seed):
     squares = pd.Series(np.square(errors)).groupby(np.asarray(plants)).agg(["sum", "size"]).to_numpy()
     if len(squares) < 2:
         return None
-    draws = np.random.default_rng(seed).multinomial(
-        len(squares), np.full(len(squares), 1 / len(squares)), BOOTSTRAP_DRAWS
-    )
-    total, rows = (draws @ squares).T
+    rng, count = np.random.default_rng(seed), len(squares)
+    if count > 5000:  # one draw at a time, as all at once would fill the memory
+        draws = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_DRAWS))
+        sums = np.array([draw.astype(float) @ squares for draw in draws])
+    else:
+        sums = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) @ squares
+    total, rows = sums.T
     return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
 
 
@@ -155,7 +130,7 @@ def describe_run(argv, args, device, precision, labels):
         **git_state(),
         "versions": {
             "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, torchvision, np, pd)},
+            **{module.__name__: str(module.__version__) for module in (torch, torchvision, np, pd)},
             "scikit-learn": importlib.metadata.version("scikit-learn"),
             "pillow": pillow_version,
         },
@@ -180,18 +155,6 @@ def git_state():
         return {"commit": None, "clean_tree": None}
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """Path to write to beside `path`; what is written there is moved over `path` once it is complete."""
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    logger.info(f"wrote {path}")
-
-
 def save_figure(figure, path):
     with whole_file(path) as partial:
         figure.savefig(partial, format=Path(path).suffix[1:], dpi=150)
@@ -208,7 +171,7 @@ def write_report(history, predictions, metrics, args, open_photo):
         fold = ["fold"] if args.folds else []
         history[[*fold, *history.columns.drop("fold")]].to_csv(partial, index=False)
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        predictions.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.12g")
+        harmless(predictions.rename(columns=renamed)[columns]).to_csv(partial, index=False, float_format="%.12g")
     plot_curves(history, metrics, args)
     plot_predictions(predictions, metrics, args)
     plot_worst(predictions, args, open_photo)

@@ -14,18 +14,20 @@ The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_p
 -> head -> grams -> report. A frozen backbone sees each photo once: its features are kept in .feature_cache.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # while the libraries load; main() takes over
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("train_model.py: interrupted\n"), os._exit(130)))
+
 import argparse
 import collections
 import contextlib
-import difflib
 import functools
-import io
 import itertools
 import logging
 import math
-import os
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +36,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torchvision
-from PIL import Image, ImageOps
 from PIL import __version__ as pillow_version
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -43,23 +44,29 @@ from tqdm import tqdm
 
 from calibration import calibrate, describe_features, distances, limit_of
 from feature_store import FeatureStore, digest
-from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks, to_numbers
-from model import BACKBONES, TRANSFORMS, UserError, build_model
-from report import (
-    RESULT_FILES,
-    describe_run,
-    log_result,
-    log_run,
-    logging_to_console,
-    open_log,
-    summarize,
-    unit_of,
-    whole_file,
-    write_report,
+from inputs import (
+    PHOTO_SUFFIXES,
+    PhotoFolder,
+    UserError,
+    as_if_in_mg,
+    check_photo,
+    fault_of,
+    one_line,
+    open_photo,
+    read_photo_file,
+    read_sheet,
+    to_numbers,
 )
+from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks
+from model import BACKBONES, LARGEST, TRANSFORMS, build_model, save_plain
+from outputs import alone, check_writable, logging_to_console, open_log, printable
+from progress import Progress
+from report import RESULT_FILES, describe_run, log_result, log_run, summarize, unit_of, write_report
 
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
 RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names of columns that are added
+PLACES = {"data_dir", "labels_path", "image_dir", "results_dir", "metrics_path", "curves_path", "model_out", "log_path"}
+PLACES |= {"cache_dir", "no_cache", "num_workers", "resume", "device", "precision"}  # none changes the result
 SAVE_EVERY = 30  # seconds between two checkpoints of a running training
 PREPROCESSING = 1  # raise it when open_photo, augment or normalize change: features kept before are then not found
 MOST_STORED = 4 * 2**30  # bytes of stored features; they are held in memory
@@ -71,62 +78,20 @@ logger = logging.getLogger("train_model")
 # ---------------------------------------------------------------- data
 
 
-def read_sheet(path, target=None):
-    """Read a label sheet with or without a target: the first sheet of an .xlsx, or a .csv with commas or semicolons.
-
-    Returns all rows that hold a value, `filename` as text without outer spaces, the other cells as they were typed.
-    Raises UserError for a sheet that cannot be read and for a column that is not there.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no label sheet at {path}: pass --labels_path")
-    try:
-        if path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig") as file:
-                header = file.readline()
-            sheet = pd.read_csv(path, sep=";" if header.count(";") > header.count(",") else ",", encoding="utf-8-sig")
-        else:
-            sheet = pd.read_excel(path, engine="calamine")
-    except Exception as error:  # pandas, calamine and zipfile each raise their own
-        raise UserError(f"cannot read {path} as a label sheet: {' '.join(str(error).split())}") from error
-    sheet.columns = [str(name).strip() for name in sheet.columns]
-    require_columns(sheet, ["filename", target] if target else ["filename"], path)
-    sheet = sheet.dropna(how="all")  # with its index, by which messages name the rows as a spreadsheet does
-    sheet["filename"] = sheet["filename"].astype("string").str.strip()
-    return sheet
-
-
-def require_columns(sheet, columns, path):
-    for column in columns:
-        if column not in sheet.columns:
-            nearest = difflib.get_close_matches(column, sheet.columns, n=1, cutoff=0.0)
-            found = f"nearest: '{nearest[0]}'; found: {', '.join(sheet.columns)}" if nearest else "it is empty"
-            raise UserError(f"{path} has no column '{column}'; {found}")
-
-
-def open_photo(path):
-    """Open a photo as 8-bit RGB, turned upright by its EXIF tag, transparency laid over white."""
-    with Image.open(path) as file:
-        photo = ImageOps.exif_transpose(file)
-    if photo.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
-        photo = Image.fromarray((np.asarray(photo) / 257).astype(np.uint8))
-    if photo.mode in ("LA", "PA", "RGBA") or "transparency" in photo.info:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    return photo.convert("RGB")
-
-
-def load_labels(labels_path, target, group_by, metadata_columns=(), allow_leaky_columns=False, curved=False):
+def load_labels(args):
     """The rows to learn from: file name, target, metadata, what makes a plant, and `_plant` numbering the plants.
 
     Rows without a target, weights that are not positive and rows entered twice are dropped; so are all rows of a photo
     with two different targets, because nothing tells which one holds. The log says how many and which.
     """
-    for name in {target, *group_by, *metadata_columns} & RESERVED:
+    path, target, group_by = args.labels_path, args.target, args.group_by
+    columns = list(dict.fromkeys([target, *group_by, *args.metadata_columns]))
+    for name in {*columns} & RESERVED:
         raise UserError(f"the column '{name}' has the name of an output column: rename it in the sheet")
-    sheet = read_sheet(labels_path, target)
-    require_columns(sheet, [*group_by, *metadata_columns], labels_path)
-    labels = sheet[list(dict.fromkeys(["filename", target, *group_by, *metadata_columns]))].copy()
+    if target in group_by:
+        raise UserError(f"--group_by {target}: it is the target, so every plant would have one weight; leave it out")
+    sheet = read_sheet(path, columns)
+    labels = sheet[list(dict.fromkeys(["filename", *columns]))].copy()
     labels[target] = to_numbers(sheet[target])
     labels["_plant"] = number_plants(labels[group_by])
     labels = drop_rows(labels, labels["filename"].isna(), "without a file name")
@@ -135,19 +100,28 @@ def load_labels(labels_path, target, group_by, metadata_columns=(), allow_leaky_
     labels = drop_rows(labels, labels[target].isna(), f"without {target}", name_them=False)
     if unit_of(target) == "g":
         labels = drop_rows(labels, labels[target] <= 0, f"with {target} not above 0 g")
-    labels = drop_rows(labels, labels.duplicated(["filename", target]), "that repeat an earlier row")
-    labels = drop_rows(labels, labels.duplicated("filename", keep=False), f"of a photo with several {target}")
+    labels = drop_repeated(labels, "filename", target)
     if labels.empty:
-        raise UserError(f"no row of {labels_path} has a file name and a number in '{target}': nothing to train on")
-    if curved and (labels[target] <= 0).any():
+        raise UserError(f"no row of {path} has a file name and a number in '{target}': nothing to train on")
+    if args.target_transform in ("log", "sqrt") and (labels[target] <= 0).any():
         raise UserError(
             f"--target_transform log and sqrt need {target} above 0, the lowest is {labels[target].min():g}"
         )
-    check_metadata(labels, target, metadata_columns, allow_leaky_columns)
+    large = as_if_in_mg(labels[target]) if unit_of(target) == "g" else pd.Series(False, labels.index)
+    if large.any():
+        names = [f"row {row + 2} ({labels['filename'][row]}): {labels[target][row]:g}" for row in labels.index[large]]
+        logger.info(f"warning: {large.sum():,} {target} some 1000 times the others, as if in mg: {shorten(names)}")
+    check_metadata(labels, target, args.metadata_columns, args.allow_leaky_columns)
     unknown = int(labels[group_by].isna().any(axis=1).sum())
     if unknown:
         logger.info(f"{unknown:,} rows without {' + '.join(group_by)}: kept together as one plant")
     return labels
+
+
+def drop_repeated(labels, key, target):
+    """`labels` without rows that repeat an earlier one, and without all rows of a photo with several targets."""
+    labels = drop_rows(labels, labels.duplicated([key, target]), "that repeat an earlier row")
+    return drop_rows(labels, labels.duplicated(key, keep=False), f"of a photo with several {target}")
 
 
 def check_metadata(labels, target, columns, allow_leaky_columns):
@@ -172,7 +146,8 @@ def check_metadata(labels, target, columns, allow_leaky_columns):
 def drop_rows(labels, bad, what, name_them=True, reasons=None):
     """`labels` without the `bad` rows, which the log counts and names as a spreadsheet numbers them."""
     if bad.any():
-        names = [f"row {row + 2} ({name})" for row, name in labels.loc[bad, "filename"].items()]
+        names = labels.loc[bad, "filename"].astype("string").fillna("no file name").str.slice(0, 200)
+        names = [f"row {row + 2} ({name})" for row, name in names.items()]
         if reasons is not None:
             names = [f"{name} {reason}" for name, reason in zip(names, reasons[bad], strict=True)]
         logger.info(f"dropped {bad.sum():,} rows {what}{': ' + shorten(names) if name_them else ''}")
@@ -194,38 +169,30 @@ def number_plants(columns):
     return plants.mask(unknown, plants.max() + 1)
 
 
-def filter_missing_images(labels, image_dir):
+def filter_missing_images(labels, image_dir, target):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    image_dir = Path(image_dir)
-    if not image_dir.is_dir():
-        raise UserError(f"no image folder at {image_dir}: pass --image_dir, or --data_dir with a folder that holds it")
-    labels = labels.assign(_path=[str(image_dir / name) for name in labels["filename"]])
+    folder = PhotoFolder(image_dir)
+
+    def look_at(name):
+        path, fault = folder.find(name)
+        content, fault = (b"", fault) if fault else check_photo(path)
+        return str(path), digest(content), fault
+
     with ThreadPoolExecutor() as pool:
-        checked = pool.map(check_photo, labels["_path"])
+        looks = pool.map(look_at, labels["filename"])
         import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
 
-        checked = list(checked)
-    labels["_content"] = [content for content, _ in checked]
-    faults = pd.Series([fault for _, fault in checked], index=labels.index)
+        try:
+            looks = pd.DataFrame(looks, index=labels.index, columns=["_path", "_content", "_fault"])
+        except BaseException:  # Ctrl-C, which would wait for all photos else
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    labels, faults = labels.join(looks[["_path", "_content"]]), looks["_fault"]
     labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
+    labels = drop_repeated(labels, "_path", target)  # one photo by several spellings of its name
     if labels.empty:
         raise UserError(f"no photo of the sheet can be read in {image_dir}: pass --image_dir with the photos' folder")
     return labels.reset_index(drop=True)
-
-
-def check_photo(path):
-    """Digest of a photo file's bytes and what is wrong with it ("" if nothing)."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return "", "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-    try:
-        with Image.open(io.BytesIO(content)) as photo:
-            # A PNG tells by its checksums whether it is whole, ten times faster than by being decoded.
-            photo.verify() if photo.format == "PNG" else photo.load()
-    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-        return "", f"unreadable photo ({error})"
-    return digest(content), ""
 
 
 def split_by_plant(labels, val_split, seed):
@@ -310,10 +277,10 @@ class BiomassDataset(Dataset):
     def views(self, row, views):
         """Versions of one photo, None for the plain one: uint8 (len(views), size, size, 3). Decodes the photo once."""
         try:
-            content = Path(self.paths[row]).read_bytes()
-            photo = open_photo(io.BytesIO(content))
+            content = read_photo_file(self.paths[row])
+            photo = open_photo(content)
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-            raise UserError(f"cannot read photo {self.paths[row]} ({error}): replace it or remove its row") from None
+            raise UserError(f"{self.paths[row]}: {fault_of(error)}; replace it or remove its row") from None
         if digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         photo = transforms.resize(photo, [self.image_size, self.image_size])
@@ -595,7 +562,7 @@ def train_one_epoch(model, batches, optimizer, loss_of, device):
         outputs = model(inputs.to(device), metadata.to(device))
         loss = loss_of(outputs, model.target.apply_to(targets))
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is not finite at batch {number} of an epoch: lower --learning_rate")
+            raise FloatingPointError(f"the loss is not finite at batch {number}")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
@@ -616,30 +583,31 @@ def evaluate(model, batches, device):
     return nn.functional.mse_loss(predictions, targets).item(), predictions.numpy()
 
 
-@contextlib.contextmanager
-def keeping_best(model, save):
-    """Give a function keep(epoch) that marks what `model` has learned as the best so far.
+class BestEpoch:
+    """What a model had learned in the epoch that was marked last; as a context it leaves the model with that.
 
     With a function save(epoch) it is saved as training ends, however it ends, and before that at most every SAVE_EVERY
-    seconds: an epoch on stored features takes less time than writing a checkpoint. At the end the model is as it was
-    marked last.
+    seconds: an epoch on stored features takes less time than writing a checkpoint.
     """
-    best, saved = {}, time.monotonic()
 
-    def keep(epoch):
-        nonlocal saved
-        best.update(epoch=epoch, state=model.learned_state(), saved=time.monotonic() - saved > SAVE_EVERY)
-        if save and best["saved"]:
-            save(epoch)
-            saved = time.monotonic()
+    def __init__(self, model, save=None):
+        self.model, self.save = model, save
+        self.epoch, self.state, self.unsaved, self.saved = 0, None, False, time.monotonic()
 
-    try:
-        yield keep
-    finally:
-        if best:
-            model.load_state_dict(best["state"], strict=False)
-            if save and not best["saved"]:
-                save(best["epoch"])
+    def mark(self, epoch):
+        self.epoch, self.state, self.unsaved = epoch, self.model.learned_state(), True
+        if self.save and time.monotonic() - self.saved > SAVE_EVERY:
+            self.save(epoch)
+            self.unsaved, self.saved = False, time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.state:
+            self.model.load_state_dict(self.state, strict=False)
+            if self.save and self.unsaved:
+                self.save(self.epoch)
 
 
 def make_optimizer(model, args):
@@ -654,42 +622,113 @@ def make_optimizer(model, args):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
-def fit(loader, train_rows, val_rows, args, device, label="", keep=None):
-    """Train for all epochs; returns a row of history an epoch, and the predictions of the best and the last epoch.
+class Training:
+    """A training from its start to its last epoch; its state can be kept after an epoch and gone on from.
 
-    `keep(epoch)` is called after each epoch that lowers the validation loss, or without `val_rows` after the last.
+    `label` begins its lines in the log and names it in `progress`, which holds a state if an earlier run got that far.
+    Afterwards `history` has a row an epoch, `best` is the row of the lowest validation loss with the predictions of
+    that epoch, and `predictions` are those of the last one. `keep` marks the best epoch, or without validation rows
+    the last one.
     """
-    model, unit = loader.model, unit_of(args.target)
-    torch.manual_seed(args.seed)
-    optimizer, schedule = make_optimizer(model, args)
-    loss_of = loss_function(args, model.target, loader.photos.targets[train_rows].to(device))
-    history, best, predictions = [], None, None
-    for epoch in range(1, args.epochs + 1):
-        loss = train_one_epoch(model, loader.train(train_rows, epoch), optimizer, loss_of, device)
-        schedule.step()
+
+    def __init__(self, loader, train_rows, val_rows, args, device, progress, label="", keep=None):
+        self.loader, self.model, self.args, self.device = loader, loader.model, args, device
+        self.train_rows, self.val_rows = train_rows, val_rows
+        self.progress, self.label, self.keep = progress, label, keep
+        torch.manual_seed(args.seed)
+        self.optimizer, self.schedule = make_optimizer(self.model, args)
+        self.loss_of = loss_function(args, self.model.target, loader.photos.targets[train_rows].to(device))
+        self.history, self.best, self.predictions = [], None, None
+        if label in progress.states:
+            self.restore(progress.states[label])
+            logger.info(f"{label}resumed after epoch {len(self.history)}")
+
+    def fit(self):
+        """Train for all epochs that are left, or until --patience is spent."""
+        args = self.args
+        for epoch in range(len(self.history) + 1, args.epochs + 1):
+            if args.patience and self.best and epoch - 1 - self.best["epoch"] >= args.patience:
+                logger.info(f"{self.label}stopped: no lower val_loss for {args.patience} epochs")
+                break
+            try:
+                self.fit_epoch(epoch)
+            except FloatingPointError as error:
+                raise UserError(f"{self.label}epoch {epoch}: {error}; lower --learning_rate") from error
+            self.progress.reached(self.label, self.state)
+        return self
+
+    def fit_epoch(self, epoch):
+        args, model, device, unit = self.args, self.model, self.device, unit_of(self.args.target)
+        batches = self.loader.train(self.train_rows, epoch)
+        loss = train_one_epoch(model, batches, self.optimizer, self.loss_of, device)
+        self.schedule.step()
         if model.target.curved:
-            _, predictions = evaluate(model, loader.train(train_rows, epoch), device)
-            measured = loader.photos.targets[shuffled(train_rows, args.seed, epoch)]
+            _, predictions = evaluate(model, self.loader.train(self.train_rows, epoch), device)
+            measured = self.loader.photos.targets[shuffled(self.train_rows, args.seed, epoch)]
             model.target.balance(predictions, measured.numpy())
-        row, text = {"epoch": epoch, "train_loss": loss}, f"{label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
-        if len(val_rows):
-            row["val_loss"], predictions = evaluate(model, loader.validation(val_rows), device)
+        row, improved = {"epoch": epoch, "train_loss": loss}, epoch == args.epochs
+        text = f"{self.label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
+        if len(self.val_rows):
+            row["val_loss"], predictions = evaluate(model, self.loader.validation(self.val_rows), device)
             if not math.isfinite(row["val_loss"]):
-                raise UserError(f"the validation loss of epoch {epoch} is not finite: lower --learning_rate")
+                raise FloatingPointError("the validation loss is not finite")
             row["val_rmse"] = math.sqrt(row["val_loss"])
             text += f"  val_loss {row['val_loss']:.5f}  val_rmse {row['val_rmse']:.4f} {unit}".rstrip()
-            improved = best is None or row["val_loss"] < best["val_loss"]
-            best = {**row, "predictions": predictions} if improved else best
-        else:
-            improved = epoch == args.epochs
+            improved = self.best is None or row["val_loss"] < self.best["val_loss"]
+        with interrupts_held_back():  # so that history, best epoch and marked model belong together
+            self.history.append(row)
+            if len(self.val_rows):
+                self.best = {**row, "predictions": predictions} if improved else self.best
+                self.predictions = predictions
+            if improved and self.keep:
+                self.keep.mark(epoch)
         logger.info(text)
-        history.append(row)
-        if improved and keep:
-            keep(epoch)
-        if args.patience and best and epoch - best["epoch"] >= args.patience:
-            logger.info(f"{label}stopped: no lower val_loss for {args.patience} epochs")
-            break
-    return history, best, predictions
+
+    def state(self):
+        """All that restore() needs, in tensors and plain values."""
+        return {
+            "model": self.model.learned_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random": random_state(self.device),
+            "history": self.history,
+            "best": self.best and self.best | {"predictions": torch.from_numpy(self.best["predictions"])},
+            "predictions": None if self.predictions is None else torch.from_numpy(self.predictions),
+            "kept": self.keep and {"epoch": self.keep.epoch, "state": self.keep.state},
+        }
+
+    def restore(self, state):
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        random_state(self.device, state["random"])
+        self.history, self.best, self.predictions = state["history"], state["best"], state["predictions"]
+        if self.best:
+            self.best = self.best | {"predictions": self.best["predictions"].numpy()}
+            self.predictions = self.predictions.numpy()
+        if self.keep and state["kept"]["state"]:
+            self.keep.epoch, self.keep.state, self.keep.unsaved = state["kept"]["epoch"], state["kept"]["state"], True
+
+
+@contextlib.contextmanager
+def interrupts_held_back():
+    """Let Ctrl-C take effect after the block, not within it."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def random_state(device, state=None):
+    """State of torch's random numbers that training on `device` draws; is set to `state` if one is given."""
+    places = {"cpu": torch, **({"gpu": getattr(torch, device.type)} if device.type != "cpu" else {})}
+    for name, place in places.items() if state else ():
+        place.set_rng_state(state[name])
+    return {name: place.get_rng_state() for name, place in places.items()}
 
 
 def start_over(loader, labels, train_rows, args, device, backbone_state):
@@ -717,7 +756,7 @@ def keep_aside(labels, rows, args):
     return rows[learn], rows[watch]
 
 
-def judge(loader, labels, splits, args, device, save):
+def judge(loader, labels, splits, args, device, progress, save):
     """Train on each split from the same start and predict the rows that it holds out.
 
     One split: the epoch with the lowest validation loss counts. Folds: the last epoch counts, so that no epoch is
@@ -725,47 +764,92 @@ def judge(loader, labels, splits, args, device, save):
     `--patience`: each keeps a share of its training plants aside and chooses the epoch on these.
     Returns the history, the predictions, and the epoch with how it was chosen.
     """
-    model, aside = loader.model, bool(args.folds and args.patience)
-    start = {name: state for name, state in model.learned_state().items() if name.startswith("backbone.")}
-    histories, tables, held_out = [], [], []
-    for fold, (train_rows, val_rows) in enumerate(splits, start=1):
-        label = f"fold {fold}/{len(splits)}  " if args.folds else ""
-        learn, watch = keep_aside(labels, train_rows, args) if aside else (train_rows, val_rows)
-        start_over(loader, labels, learn, args, device, start)
-        last_counts = args.folds and not aside
-        keeping = contextlib.nullcontext() if last_counts else keeping_best(model, None if args.folds else save)
-        with keeping as keep:
-            history, best, predicted = fit(loader, learn, watch, args, device, label, keep)
-        if aside:
-            _, predicted = evaluate(model, loader.validation(val_rows), device)
-        if args.folds and model.backbone:
-            held_out.append(distances(familiar_features(loader, learn, device), features_of(loader, val_rows, device)))
-        histories.append(pd.DataFrame(history).assign(fold=fold))
-        table = labels.iloc[val_rows].assign(fold=fold, measured=lambda rows: rows[args.target])
-        table["predicted"] = predicted if args.folds else best["predictions"]
-        tables.append(table.assign(training_mean=labels[args.target].iloc[train_rows].mean()))
-    predictions = pd.concat(tables)
-    predictions["error"] = predictions["predicted"] - predictions["measured"]
-    if args.folds:
-        floor = 0 if (labels[args.target] >= 0).all() else -math.inf
-        calibration = calibrate(predictions["predicted"], predictions["error"], predictions["_plant"], floor=floor)
-        rows = np.arange(len(labels))
-        learn, watch = keep_aside(labels, rows, args) if aside else (rows, [])
-        start_over(loader, labels, learn, args, device, start)
+    start = {name: state for name, state in loader.model.learned_state().items() if name.startswith("backbone.")}
+    start_anew = functools.partial(start_over, loader, labels, args=args, device=device, backbone_state=start)
+    if not args.folds:
+        training, interrupted = judge_split(loader, splits[0], args, device, progress, start_anew, save)
+        best, history = training.best, pd.DataFrame(training.history).assign(fold=1)
+        chosen = {"epoch": best["epoch"], "epoch_chosen_on": "validation"}
+        chosen["last_epoch_val_rmse"] = training.history[-1]["val_rmse"]
+        if interrupted:
+            chosen["interrupted_after_epoch"] = len(training.history)
+        return history, predicted_rows(labels, splits[0], best["predictions"], 1, args), chosen
+    for fold, split in enumerate(splits, start=1):
+        label = f"fold {fold}/{len(splits)}  "
+        if label in progress.results:
+            logger.info(f"{label}was done before")
+        else:
+            progress.finished(label, judge_fold(loader, labels, split, args, device, progress, label, start_anew))
+    results = [progress.results[f"fold {fold}/{len(splits)}  "] for fold in range(1, len(splits) + 1)]
+    predictions = pd.concat(
+        predicted_rows(labels, split, result["predictions"].numpy(), fold, args)
+        for fold, (split, result) in enumerate(zip(splits, results, strict=True), start=1)
+    )
+    training = fit_all(loader, labels, predictions, results, args, device, progress, start_anew, save)
+    histories = [pd.DataFrame(result["history"]).assign(fold=fold) for fold, result in enumerate(results, start=1)]
+    histories.append(pd.DataFrame(training.history).assign(fold=0))
+    best = training.best or {"epoch": args.epochs}
+    how = "training plants kept aside" if args.patience else "none"
+    return pd.concat(histories), predictions, {"epoch": best["epoch"], "epoch_chosen_on": how}
 
-        def save_all(epoch):
-            familiar = familiar_features(loader, learn, device) | limit_of(held_out) if model.backbone else None
-            save(epoch, calibration, familiar)
 
-        with keeping_best(model, save_all) as keep:
-            history, best, _ = fit(loader, learn, watch, args, device, "final model  ", keep)
-        histories.append(pd.DataFrame(history).assign(fold=0))
-    chosen = {"epoch": best["epoch"] if best else args.epochs, "epoch_chosen_on": "validation"}
-    if args.folds:
-        chosen["epoch_chosen_on"] = "training plants kept aside" if aside else "none"
-    else:
-        chosen["last_epoch_val_rmse"] = history[-1]["val_rmse"]
-    return pd.concat(histories), predictions, chosen
+def judge_split(loader, split, args, device, progress, start_anew, save):
+    """Train on the one split; returns the Training and whether it was interrupted, after one epoch or more."""
+    start_anew(split[0])
+    with BestEpoch(loader.model, save) as keep:
+        training = Training(loader, *split, args, device, progress, keep=keep)
+        try:
+            return training.fit(), False
+        except KeyboardInterrupt:
+            if not training.best:
+                raise
+            logger.info(f"interrupted after epoch {len(training.history)}: what follows is of the best one so far")
+            return training, True
+
+
+def judge_fold(loader, labels, split, args, device, progress, label, start_anew):
+    """History of one fold, predictions of the rows that it holds out, and how unlike the others their photos are."""
+    train_rows, val_rows = split
+    learn, watch = keep_aside(labels, train_rows, args) if args.patience else split
+    start_anew(learn)
+    keeping = BestEpoch(loader.model) if args.patience else contextlib.nullcontext()
+    with keeping as keep:
+        training = Training(loader, learn, watch, args, device, progress, label, keep).fit()
+    predictions = training.predictions
+    if args.patience:
+        _, predictions = evaluate(loader.model, loader.validation(val_rows), device)
+    result = {"history": training.history, "predictions": torch.from_numpy(predictions), "distances": None}
+    if loader.model.backbone:
+        familiar = familiar_features(loader, learn, device)
+        result["distances"] = torch.from_numpy(distances(familiar, features_of(loader, val_rows, device)))
+    return result
+
+
+def fit_all(loader, labels, predictions, results, args, device, progress, start_anew, save):
+    """Train the model that is saved on all rows, and give it what the folds taught of its errors."""
+    floor = 0 if (labels[args.target] >= 0).all() else -math.inf
+    calibration = calibrate(predictions["predicted"], predictions["error"], predictions["_plant"], floor=floor)
+    rows = np.arange(len(labels))
+    learn, watch = keep_aside(labels, rows, args) if args.patience else (rows, [])
+    start_anew(learn)
+
+    def save_all(epoch):
+        familiar = None
+        if loader.model.backbone:
+            held_out = [result["distances"].numpy() for result in results]
+            familiar = familiar_features(loader, learn, device) | limit_of(held_out)
+        save(epoch, calibration, familiar)
+
+    with BestEpoch(loader.model, save_all) as keep:
+        return Training(loader, learn, watch, args, device, progress, "final model  ", keep).fit()
+
+
+def predicted_rows(labels, split, predicted, fold, args):
+    """The rows that a split holds out, with what was measured and predicted."""
+    train_rows, val_rows = split
+    table = labels.iloc[val_rows].assign(fold=fold, measured=lambda rows: rows[args.target], predicted=predicted)
+    mean = labels[args.target].iloc[train_rows].mean()
+    return table.assign(training_mean=mean, error=table["predicted"] - table["measured"])
 
 
 @torch.inference_mode()
@@ -797,8 +881,7 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
         "epoch": epoch,
         "seed": args.seed,
     }
-    with whole_file(args.model_out) as partial:
-        torch.save(checkpoint, partial)
+    save_plain(checkpoint, args.model_out)
 
 
 # ---------------------------------------------------------------- command line
@@ -808,7 +891,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage of thirty flags before it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def whole(low, high=math.inf):
@@ -880,7 +963,7 @@ def build_parser():
     )
     add(
         "--image_size",
-        type=whole(64, 2048),
+        type=whole(64, LARGEST),
         help="pixels a side (default: what the backbone's weights were trained on)",
     )
     add("--weights", default="imagenet", help="of the backbone: imagenet (downloaded once), none (random) or a file")
@@ -909,9 +992,10 @@ def build_parser():
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
-    add("--num_workers", type=whole(0), default=0, help="processes that decode photos; 0: threads of this one")
+    add("--num_workers", type=whole(0, 256), default=0, help="processes that decode photos; 0: threads of this one")
     add("--cache_dir", type=Path, default=".feature_cache", help="where features of photos are kept between runs")
     add("--no_cache", action="store_true", help="neither look for kept features nor keep any")
+    add("--resume", action="store_true", help="go on after the last epoch of the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
     add("--results_dir", type=Path, default="results", help="folder of the metrics, tables and pictures")
     add("--metrics_path", type=Path, help="JSON (default: RESULTS_DIR/metrics.txt)")
@@ -945,67 +1029,85 @@ def complete_arguments(args):
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
-    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
+    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, progress_path(args)]
     outputs += [args.results_dir / name for name in RESULT_FILES]
-    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"])
+    inputs = [args.labels_path, *([args.weights] if args.weights not in ("imagenet", "none") else [])]
+    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"], inputs)
+    photos = os.path.realpath(args.image_dir)
+    for path in outputs:
+        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.dirname(os.path.realpath(path)) == photos:
+            raise UserError(f"cannot write {path}: it would lie among the photos; choose another place for it")
 
 
-def check_writable(paths):
-    """Make the folders of files that are to be written, and find out whether they can be."""
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-        except OSError as error:
-            raise UserError(f"cannot write {path} ({error.strerror}): choose another place for it") from error
+def progress_path(args):
+    return Path(f"{args.model_out}.progress")
+
+
+def settings_of(args, run, model):
+    """All that the result of a run depends on, by the names under which a user knows it."""
+    settings = {f"--{name}": value for name, value in run["arguments"].items() if name not in PLACES}
+    weights = digest(*(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()))
+    versions = {name: run["versions"][name] for name in ("torch", "torchvision")}
+    return settings | {name: run[name] for name in ("device", "precision")} | versions | {
+        "the backbone's weights": weights,
+        "data (rows of the sheet and photos)": run["data_fingerprint"],
+    }  # fmt: skip
 
 
 def train(argv, args, lines):
-    """The whole run, from the sheet to the report."""
+    """The whole run, from the sheet to the report; returns whether it was interrupted."""
     started = time.perf_counter()
     complete_arguments(args)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    curved = args.target_transform in ("log", "sqrt")
-    labels = load_labels(
-        args.labels_path, args.target, args.group_by, args.metadata_columns, args.allow_leaky_columns, curved
-    )
-    labels = filter_missing_images(labels, args.image_dir)
-    splits = make_splits(labels, args)
-    torch.manual_seed(args.seed)
-    learn_from = args.unfreeze_from if args.freeze_backbone else ""
-    name = None if args.metadata_only else args.model_name
-    model = build_model(name, args.weights, learn_from, precision, device, args.image_size)
-    photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
-    run = describe_run(argv, args, device, precision, labels)
-    open_log(lines, args.log_path)
-    log_run(run, args)
-    loader = make_loader(model, photos, splits, args)
-    history, predictions, chosen = judge(
-        loader, labels, splits, args, device, functools.partial(save_checkpoint, model, args)
-    )
-    metrics = summarize(predictions, chosen, splits, labels, args)
-    metrics["run"] = run | {"seconds": round(time.perf_counter() - started, 1)}
-    write_report(history, predictions, metrics, args, open_photo)
-    log_result(metrics, args)
-    logger.info(f"elapsed {time.perf_counter() - started:.1f} s")
+    with alone([args.results_dir / "predictions.csv", args.metrics_path, args.model_out, args.log_path]):
+        device = pick_device(args.device)
+        precision = pick_precision(args.precision, device)
+        labels = load_labels(args)
+        labels = filter_missing_images(labels, args.image_dir, args.target)
+        splits = make_splits(labels, args)
+        torch.manual_seed(args.seed)
+        learn_from = args.unfreeze_from if args.freeze_backbone else ""
+        name = None if args.metadata_only else args.model_name
+        model = build_model(name, args.weights, learn_from, precision, device, args.image_size)
+        photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
+        run = describe_run(argv, args, device, precision, labels)
+        progress = Progress(progress_path(args), settings_of(args, run, model), args.resume)
+        open_log(lines, args.log_path, append=progress.found)
+        log_run(run, args)
+        loader = make_loader(model, photos, splits, args)
+        save = functools.partial(save_checkpoint, model, args)
+        history, predictions, chosen = judge(loader, labels, splits, args, device, progress, save)
+        metrics = summarize(predictions, chosen, splits, labels, args)
+        metrics["run"] = run | {"seconds": round(time.perf_counter() - started, 1)}
+        write_report(history, predictions, metrics, args, open_photo)
+        log_result(metrics, args)
+        logger.info(f"elapsed {time.perf_counter() - started:.1f} s")
+        if "interrupted_after_epoch" in chosen:
+            return True
+        progress.remove()
+        return False
 
 
 def main(argv=None):
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    until_now = signal.getsignal(signal.SIGINT)
     with logging_to_console() as lines:
         try:
-            train(argv, args, lines)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            interrupted = train(argv, parser.parse_args(argv), lines)
         except UserError as error:  # from a worker process it comes with a traceback before its last line
-            parser.error(str(error).strip().splitlines()[-1].removeprefix("model.UserError: "))
+            parser.error(str(error).rpartition("\ninputs.UserError: ")[2].strip())
+        except MemoryError:
+            parser.error("the memory is full: pass a smaller --batch_size or --image_size, or close other programs")
         except OSError as error:
-            parser.error(f"cannot write {error.filename} ({error.strerror}): close or free it and start again")
+            place, reason = error.filename or "a file", error.strerror or one_line(error)
+            parser.error(f"cannot read or write {place} ({reason}): close or free it and start again")
         except KeyboardInterrupt:
-            parser.exit(130, "train_model.py: interrupted; what the log says was written is whole\n")
+            interrupted = True
+        finally:
+            signal.signal(signal.SIGINT, until_now)
+    if interrupted:
+        parser.exit(130, "train_model.py: interrupted; what the log says was written is whole, --resume goes on\n")
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from PIL import Image
 from sklearn.model_selection import GroupKFold
 
 import eda
+import outputs
 
 FIGURES = [
     "target_distribution.png",
@@ -128,7 +130,7 @@ def test_figures_are_whole_pictures(explored):
 
 def test_figures_show_the_numbers_of_the_data(drawn):
     sheet, _ = eda.load_labels(drawn / "digital_biomass_labels.xlsx", "fresh_weight_total", ["plant_number"])
-    photos = eda.scan_photos(drawn / "images_med_res", sheet["filename"])
+    photos = eda.scan_photos(eda.PhotoFolder(drawn / "images_med_res"), sheet["filename"])
     for name in sheet["filename"][:3]:
         pixels = np.asarray(Image.open(drawn / "images_med_res" / name), dtype=float)
         means = [pixels[:, :, channel].sum() / 256**2 / 255 for channel in range(3)]
@@ -186,7 +188,7 @@ def test_every_drawn_fault_is_found_and_named(faulty, tmp_path, capsys, no_figur
     first = list(sheet["filename"]).index(sheet["filename"][row])
     assert only("rows_twice") == f"row {row + 2} ({sheet['filename'][row]}) repeats row {first + 2}"
     (missing,) = set(sheet["filename"]) - on_disk
-    assert f"({missing})" in only("missing_photos")
+    assert only("missing_photos").endswith(f"({missing}): no such file")
     assert faults["unused_photos"]["found"] == sorted(on_disk - set(sheet["filename"]))
     modes, pixels = {}, {}
     for name in sorted(on_disk):
@@ -195,13 +197,13 @@ def test_every_drawn_fault_is_found_and_named(faulty, tmp_path, capsys, no_figur
             try:
                 pixels.setdefault(file.convert("RGB").tobytes(), []).append(name)
             except OSError as error:
-                assert only("unreadable_photos") == f"{name}: {error}"
+                assert only("unreadable_photos") == f"{name}: unreadable photo ({error})"
     odd = [f"{name}: mode {mode}" for name, mode in modes.items() if mode != "RGB"]
     assert len(odd) == 3 and faults["photos_not_rgb"]["found"] == odd
     (twins,) = (names for names in pixels.values() if len(names) > 1)
     assert only("photos_under_several_names").startswith(" = ".join(twins))
     silent = ["cells_not_numbers", "zero_weights", "photos_with_several_weights", "decreasing_ages"]
-    assert [faults[name]["count"] for name in silent] == [0] * 4
+    assert [faults[name]["count"] for name in [*silent, "weights_as_if_in_mg"]] == [0] * 5
     console = capsys.readouterr().out
     for name, fault in faults.items():
         assert all(found in console for found in fault["found"]), name
@@ -210,9 +212,10 @@ def test_every_drawn_fault_is_found_and_named(faulty, tmp_path, capsys, no_figur
 def test_faults_that_are_not_drawn_are_found_too(drawn, tmp_path, no_figures):
     sheet = read_sheet(drawn).astype({"fresh_weight_total": object, "age_days": object})
     labelled = sheet.index[sheet["fresh_weight_total"].notna()]
-    zero, bad, twice = labelled[:3]
+    zero, bad, twice, in_mg = labelled[:4]
     sheet.loc[zero, "fresh_weight_total"] = 0
     sheet.loc[bad, "fresh_weight_total"] = "ca. 0.3"
+    sheet.loc[in_mg, "fresh_weight_total"] *= 1000
     again = sheet.loc[[twice]].assign(fresh_weight_total=9.5)
     sheet = pd.concat([sheet, again], ignore_index=True)
     plant = sheet.groupby(eda.PLANT_COLUMNS)["timestamp"].transform("size") > 1
@@ -224,6 +227,9 @@ def test_faults_that_are_not_drawn_are_found_too(drawn, tmp_path, no_figures):
     assert faults["cells_not_numbers"]["found"] == [bad_cell]
     assert "9.5 in row 62" in faults["photos_with_several_weights"]["found"][0] and faults["rows_twice"]["count"] == 0
     assert f"row {same[1] + 2} ({sheet['filename'][same[1]]}): 7 days after 28" in faults["decreasing_ages"]["found"]
+    weight = sheet["fresh_weight_total"][in_mg]
+    as_if_in_mg = [f"row {in_mg + 2} ({sheet['filename'][in_mg]}): {weight:g}"]
+    assert faults["weights_as_if_in_mg"]["found"] == as_if_in_mg and weight > 20
     assert faults["missing_photos"]["count"] == len(sheet) - sheet["filename"].isin(sheet["filename"][:3]).sum()
 
 
@@ -334,7 +340,7 @@ def mistakes(drawn, folder):
     folder.mkdir()
     sheet.rename(columns={"fresh_weight_total": "fresh_weight_totl"}).to_excel(folder / "typo.xlsx", index=False)
     sheet.assign(fresh_weight_total=np.nan).to_excel(folder / "unlabelled.xlsx", index=False)
-    (folder / "torn.xlsx").write_bytes(b"PK no sheet")
+    (folder / "torn.xlsx").write_bytes((drawn / "digital_biomass_labels.xlsx").read_bytes()[:4000])
     data = ["--data_dir", drawn]
     return {
         "no data": (["--data_dir", "nowhere"], ["nowhere", "--data_dir", "make_sample_data.py", "sample_data"]),
@@ -350,6 +356,10 @@ def mistakes(drawn, folder):
         "folder is a file": ([*data, "--figures_dir", folder / "torn.xlsx"], ["cannot write", "torn.xlsx"]),
         "file is a folder": ([*data, "--summary_path", folder], ["cannot write", "it is a folder"]),
         "seed": ([*data, "--seed", "-1"], ["--seed"]),
+        "seed too large": ([*data, "--seed", 2**32], ["--seed"]),
+        "file names for weights": ([*data, "--target", "filename"], ["--target"]),
+        "sheet overwritten": ([*data, "--summary_path", drawn / "digital_biomass_labels.xlsx"], ["is an input"]),
+        "among the photos": ([*data, "--figures_dir", drawn / "images_med_res"], ["one of the photos"]),
     }
 
 
@@ -364,7 +374,7 @@ def test_a_mistake_stops_in_one_line_and_writes_nothing(drawn, tmp_path, capsys,
         shown = capsys.readouterr()
         assert stop.value.code == 2 and shown.out == "", name
         assert shown.err.count("\n") == 1 and all(word in shown.err for word in words), shown.err
-        assert not any(cwd.iterdir()), name
+        assert not [path for path in cwd.rglob("*") if path.is_file()], name
 
 
 @pytest.mark.skipif(os.name == "nt" or (hasattr(os, "geteuid") and os.geteuid() == 0), reason="no folder is closed")
@@ -375,23 +385,108 @@ def test_a_closed_folder_is_found_before_the_photos(drawn, tmp_path, run_script)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "eda_summary.json"
-    eda.write_whole(path, b"old")
-    monkeypatch.setattr(eda.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(eda.UserError, match="No space left"):
-        eda.write_whole(path, b"new")
-    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+def stopped(capsys, status, *arguments):
+    """The one line with which main() stops."""
+    with pytest.raises(SystemExit) as stop:
+        eda.main([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stop.value.code == status and error.count("\n") == 1, error
+    return error
 
 
-def test_photo_beyond_the_sheet_and_empty_file_are_named(drawn, tmp_path, no_figures):
-    data = copy_sheet(tmp_path / "data", read_sheet(drawn).head(12))
-    photos = data / "images_med_res"
-    first = next(photos.iterdir())
-    shutil.copy(first, photos / "unknown.JPG")
-    (photos / "empty.png").touch()
-    (photos / "text.png").write_text("no photo")
-    faults = explore(tmp_path, "--data_dir", data)["audit"]["faults"]
-    assert faults["unreadable_photos"]["found"] == ["empty.png: empty file", "text.png: not an image"]
-    assert faults["unused_photos"]["found"] == ["empty.png", "text.png", "unknown.JPG"]
-    assert faults["photos_under_several_names"]["found"] == [f"{first.name} = unknown.JPG (plants: 1)"]
+def test_a_full_disk_leaves_each_file_whole(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eda, "FIGURES", (eda.target_distribution, eda.image_pixel_analysis))
+    first, second = tmp_path / "target_distribution.png", tmp_path / "image_pixel_analysis.png"
+    second.write_bytes(b"old")
+    replace = os.replace
+
+    def fill_up(source, target):
+        if target == second:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(outputs.os, "replace", fill_up)
+    places = ["--figures_dir", tmp_path, "--summary_path", tmp_path / "summary.json"]
+    error = stopped(capsys, 2, "--data_dir", drawn, *places)
+    assert str(second) in error and "No space left" in error
+    assert second.read_bytes() == b"old" and sorted(tmp_path.iterdir()) == [second, first]
+    Image.open(first).verify()
+
+
+def test_ctrl_c_and_a_second_run_stop_in_one_line(drawn, tmp_path, capsys, monkeypatch, no_figures):
+    summary = tmp_path / "summary.json"
+    with outputs.alone([summary]):
+        assert "another run" in stopped(capsys, 2, "--data_dir", drawn, "--summary_path", summary)
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eda, "look_at", interrupt)
+    assert stopped(capsys, 130, "--data_dir", drawn, "--summary_path", summary) == "eda.py: interrupted\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_libraries_load(tmp_path, run_script, monkeypatch):
+    (tmp_path / "numpy.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for script in ("eda.py", "make_sample_data.py"):
+        done = run_script(script, cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes, and links need rights")
+def test_photos_are_found_by_other_spellings_and_never_outside_the_folder(tmp_path, capsys, no_figures):
+    images, names = tmp_path / "images", ["Leaf.PNG", "blätter.png", "tray/third.png", "extra.png"]
+    (images / "tray").mkdir(parents=True)
+    for number, name in enumerate([*names, "../secret.png"]):
+        Image.new("RGB", (40, 40), (60, 50 + number, 40)).save(images / name)
+    (images / "link.png").symlink_to(tmp_path / "secret.png")
+    (images / "unnamed_link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(images / "pipe.png")
+    os.mkfifo(images / "unnamed_pipe.png")
+    outside = ["../secret.png", str(tmp_path / "secret.png"), "link.png"]
+    spelt = ["leaf.png", unicodedata.normalize("NFD", "Blätter.png"), "tray\\third", "none.png", "pipe.png"]
+    sheet = pd.DataFrame({"filename": [*spelt, *outside], "leaf_weight": 0.5, "started": pd.Timestamp("2021-03-01")})
+    sheet.to_excel(tmp_path / "sheet.xlsx", index=False)
+    places = ["--labels_path", tmp_path / "sheet.xlsx", "--image_dir", images]
+    faults = explore(tmp_path / "out", *places, "--target", "leaf_weight", "--group_by", "started")["audit"]["faults"]
+    assert faults["missing_photos"]["found"] == [
+        "row 5 (none.png): no such file",
+        *(f"row {7 + row} ({name}): leads out of the image folder" for row, name in enumerate(outside)),
+    ]
+    assert faults["unreadable_photos"]["found"] == ["pipe.png: unreadable photo (it is no ordinary file)"]
+    assert faults["unused_photos"]["found"] == ["extra.png"]
+    assert "spells otherwise (3): 'leaf.png' is Leaf.PNG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", [None, "%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M:%S"])
+def test_times_may_be_dates_or_text(form, drawn, explored, tmp_path, monkeypatch):
+    monkeypatch.setattr(eda, "FIGURES", () if form else (eda.correlation_heatmap,))
+    sheet = read_sheet(drawn).assign(started=pd.Timestamp("2021-03-01"))
+    pots = sheet.groupby(eda.PLANT_COLUMNS)["timestamp"]
+    later = sheet.index[(pots.transform("size") > 1) & (sheet["timestamp"] == pots.transform("max"))][0]
+    sheet.loc[later, "age_days"] = 1
+    dates = pd.to_datetime(sheet["timestamp"], unit="s")
+    sheet["timestamp"] = dates.dt.strftime(form) if form else dates
+    summary = explore(tmp_path, "--data_dir", copy_sheet(tmp_path / "data", sheet))
+    assert summary["timestamp_span_days"] == explored[1]["timestamp_span_days"]
+    assert f"row {later + 2} " in summary["audit"]["faults"]["decreasing_ages"]["found"][0]
+
+
+@pytest.mark.parametrize("case", ["one row, no photos", "constant weights", "enormous weights, ids of all kinds"])
+def test_odd_data_is_borne(case, drawn, tmp_path, capsys):
+    sheet = read_sheet(drawn).rename(columns={"humidity": "$\\frac$"}).astype({"plant_number": object})
+    data = copy_sheet(tmp_path / "data", sheet)
+    if case == "constant weights":
+        sheet["fresh_weight_total"] = -0.3
+    elif case.startswith("one row"):
+        sheet = sheet.dropna(subset="fresh_weight_total").head(1)
+        shutil.rmtree(data / "images_med_res")
+        (data / "images_med_res").mkdir()
+    else:
+        sheet["fresh_weight_total"] = 10.0 ** (sheet.index * 5)
+        sheet.loc[:3, "plant_number"] = [pd.Timestamp("2021-03-12"), "12a", True, 0.5]
+    sheet.to_excel(data / "digital_biomass_labels.xlsx", index=False)
+    groups = ["--group_by", "plant_number", "fresh_weight_total", "filename"]
+    summary = explore(tmp_path, "--data_dir", data, *groups)
+    assert summary["num_records"] == len(sheet) and capsys.readouterr().err == ""

@@ -9,17 +9,19 @@ import torch
 from PIL import Image
 
 import train_model
-from feature_store import FeatureStore
+from feature_store import FeatureStore, digest
 from model import BiomassModel
 
 TARGET = "fresh_weight_total"
+SHEET = "digital_biomass_labels.xlsx"
 RECIPE = {"backbone": "resnet18", "weights": "a"}
 
 
 @pytest.fixture(scope="module")
 def photos(drawn):
-    labels = train_model.load_labels(drawn / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
-    return train_model.BiomassDataset(train_model.filter_missing_images(labels, drawn / "images_med_res"), TARGET, 42)
+    labels = train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", str(drawn / SHEET)]))
+    labels = train_model.filter_missing_images(labels, drawn / "images_med_res", TARGET)
+    return train_model.BiomassDataset(labels, TARGET, 42)
 
 
 def loader(photos, cache_dir, model, **flags):
@@ -127,7 +129,7 @@ def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, tm
     photo = Image.open(moved / "3.png")
     photo.putpixel((0, 0), (1, 2, 3))
     photo.save(moved / "3.png")
-    labels["_content"] = [train_model.check_photo(path)[0] for path in labels["_path"]]
+    labels["_content"] = [digest(train_model.check_photo(path)[0]) for path in labels["_path"]]
     again = train_model.BiomassDataset(labels, TARGET, 42)
     assert loader(again, tmp_path / "store", model, epochs=1)[1] == [(3, 0)]
 

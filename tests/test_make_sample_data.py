@@ -4,6 +4,7 @@ python tests/test_make_sample_data.py FOLDER    # prints a table, wanted against
 """
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 
@@ -281,6 +282,8 @@ def test_faults_are_those_that_the_readme_lists_and_no_others(drawn, faulty):
     [
         ["--num_images", 0],
         ["--num_images", "many"],
+        ["--num_images", 10**9],
+        ["--seed", -1],
         ["--num_workers", 0],
         ["--num_images", 5, "--with_faults"],
         ["--no"],
@@ -314,7 +317,7 @@ def test_a_drawn_folder_that_a_user_changed_is_left_alone(tmp_path, capsys):
     assert (read_sheet(tmp_path / "out")["fresh_weight_total"] == 0.5).all()
 
 
-def test_redraws_its_own_folder_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_redraws_its_own_folder_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
     draw = ["--out", str(out), "--num_workers", "1", "--num_images"]
     assert msd.main([*draw, "3"]) == 0
@@ -326,6 +329,17 @@ def test_redraws_its_own_folder_whole_or_not_at_all(tmp_path, monkeypatch):
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
+
+    def fill_up(source, target, replace=os.replace):
+        if source.name == msd.README and source.parent.name != "old" and target == out / msd.README:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(msd.os, "replace", fill_up)
+        assert "No space left" in refused(capsys, *draw, "4")
+    assert fingerprints(out) == before and [path.name for path in out.parent.iterdir()] == ["out"]
+    assert msd.main([*draw, "2"]) == 0  # it knows the folder as its own still
 
     monkeypatch.setattr(pd.DataFrame, "to_excel", interrupt)
     with pytest.raises(SystemExit) as stop:

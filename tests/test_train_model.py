@@ -18,7 +18,7 @@ import torchvision
 from PIL import Image
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-import eda
+import outputs
 import report
 import train_model
 from model import BiomassModel
@@ -34,6 +34,10 @@ def train(data, out, *flags):
     flags = ["--data_dir", data, "--weights", "none", "--device", "cpu", *places, *flags]
     assert train_model.main([str(flag) for flag in flags]) == 0
     return json.loads((out / "metrics.txt").read_text())
+
+
+def load(sheet, *flags):
+    return train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", str(sheet), *flags]))
 
 
 def checkpoint_digest(path):
@@ -157,8 +161,8 @@ def test_equal_seeds_give_equal_files_with_or_without_the_store_and_with_worker_
 
 
 def test_the_loop_overfits_eight_photos(drawn):
-    labels = train_model.load_labels(drawn / SHEET, TARGET, ["plant_number"])
-    labels = train_model.filter_missing_images(labels, drawn / "images_med_res").iloc[:8]
+    labels = load(drawn / SHEET)
+    labels = train_model.filter_missing_images(labels, drawn / "images_med_res", TARGET).iloc[:8]
     photos = train_model.BiomassDataset(labels, TARGET, seed=0)
     torch.manual_seed(0)
     model = BiomassModel("resnet18")
@@ -227,21 +231,6 @@ def test_a_failed_download_says_where_the_weights_belong(drawn, tmp_path):
     assert not (tmp_path / "training.log").exists()
 
 
-@pytest.mark.parametrize("folder", ["drawn", "faulty"])
-def test_both_scripts_read_the_same_rows_and_pixels(folder, request):
-    folder = request.getfixturevalue(folder)
-    sheets = [script.read_sheet(folder / SHEET, TARGET) for script in (eda, train_model)]
-    pd.testing.assert_frame_equal(*sheets)
-    for path in sorted((folder / "images_med_res").iterdir()):
-        photos = []
-        for script in (eda, train_model):
-            try:
-                photos.append(np.asarray(script.open_photo(path)))
-            except OSError as error:
-                photos.append(str(error))
-        assert np.array_equal(*photos) and (isinstance(photos[0], str) or photos[0].shape == (256, 256, 3))
-
-
 def test_faults_of_a_folder_are_dropped_by_name_and_change_no_other_row(drawn, faulty, tmp_path, capsys):
     train(faulty, tmp_path / "out", "--epochs", 1)
     printed = capsys.readouterr().out
@@ -256,8 +245,8 @@ def test_faults_of_a_folder_are_dropped_by_name_and_change_no_other_row(drawn, f
     assert f"({faults['duplicate row']})" in printed
     labels = {}
     for folder in (drawn, faulty):
-        table = train_model.load_labels(folder / SHEET, TARGET, ["plant_number"])
-        table = train_model.filter_missing_images(table, folder / "images_med_res")
+        table = load(folder / SHEET)
+        table = train_model.filter_missing_images(table, folder / "images_med_res", TARGET)
         labels[folder] = table.set_index("filename")[[TARGET, "plant_number"]]
     lost = [faults[name] for name in ("missing file", "truncated PNG", "negative weight")]
     pd.testing.assert_frame_equal(labels[faulty], labels[drawn].drop(lost))
@@ -286,8 +275,8 @@ def test_sixteen_bit_grey_palette_alpha_and_turned_photos_keep_their_light(tmp_p
 def test_a_csv_with_semicolons_and_decimal_commas_trains_the_same(drawn, tmp_path):
     sheet = pd.read_excel(drawn / SHEET)
     sheet.to_csv(tmp_path / "labels.csv", sep=";", decimal=",", index=False)
-    wanted = train_model.load_labels(drawn / SHEET, TARGET, ["experiment_id", "plant_number"])
-    read = train_model.load_labels(tmp_path / "labels.csv", TARGET, ["experiment_id", "plant_number"])
+    wanted = load(drawn / SHEET, "--group_by", "experiment_id", "plant_number")
+    read = load(tmp_path / "labels.csv", "--group_by", "experiment_id", "plant_number")
     pd.testing.assert_frame_equal(read, wanted, check_dtype=False)
 
 
@@ -295,8 +284,8 @@ def test_rows_without_a_plant_stay_together_and_mixed_ids_are_one_plant(tmp_path
     plants = [1, "1", "1 ", 2, None, None, 10]
     sheet = pd.DataFrame({"filename": [f"{n}.png" for n in range(7)], "plant_number": plants, TARGET: 0.1})
     sheet.to_excel(tmp_path / "labels.xlsx", index=False)
-    with report.logging_to_console():
-        labels = train_model.load_labels(tmp_path / "labels.xlsx", TARGET, ["plant_number"])
+    with outputs.logging_to_console():
+        labels = load(tmp_path / "labels.xlsx")
     assert pd.factorize(labels["_plant"])[0].tolist() == [0, 0, 0, 1, 2, 2, 3]
     assert "2 rows without plant_number: kept together as one plant" in capsys.readouterr().out
 
