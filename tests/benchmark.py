@@ -3,6 +3,7 @@
     python tests/benchmark.py runs --data_dir full_sample      # against the plain loop; half an hour on two cores
     python tests/benchmark.py scaling --data_dir sample_data full_sample larger_sample
     python tests/benchmark.py answers --data_dir sample_data   # precision and augmented views over three seeds
+    python tests/benchmark.py reading --data_dir sample_data   # a sheet of 200,000 rows and a folder of 50,000 photos
 
 Each part writes its section of results/benchmark.json and prints its table. A run of train_model.py is a whole process,
 from the command to the report. The plain loop is timed on `--plain_batches` batches of training and as many of
@@ -22,6 +23,7 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torchvision
 from torch import nn
@@ -96,6 +98,12 @@ def run_ours(flags, data_dir, folder, device):
     places = ["--results_dir", folder / "results", "--log_path", folder / "training.log"]
     places += ["--model_out", folder / "model.pt", "--cache_dir", folder / "cache", "--device", device]
     command = [sys.executable, ROOT / "train_model.py", "--data_dir", data_dir, "--weights", "none", *places, *flags]
+    seconds, peak = run_process(command)
+    return seconds, peak, json.loads((folder / "results" / "metrics.txt").read_text())
+
+
+def run_process(command):
+    """Seconds and peak memory in MiB of a whole process."""
     peak, started = 0, time.perf_counter()
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     watcher = threading.Event()
@@ -117,8 +125,8 @@ def run_ours(flags, data_dir, folder, device):
     watcher.set()
     thread.join()
     if status:
-        raise SystemExit(f"train_model.py {' '.join(flags)} ended with status {status}")
-    return seconds, peak, json.loads((folder / "results" / "metrics.txt").read_text())
+        raise SystemExit(f"{' '.join(map(str, command))} ended with status {status}")
+    return seconds, peak
 
 
 def where_time_goes(labels, device, precision, photos_measured=128):
@@ -251,14 +259,61 @@ def answers(args, device, precision):
     return {"labelled_rows": rows, "rmse": rmse}
 
 
+READ_AND_SPLIT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_model
+args = train_model.build_parser().parse_args(sys.argv[1:])
+labels = train_model.load_labels(args)
+labels = train_model.filter_missing_images(labels, args.image_dir, args.target)
+train_model.make_splits(labels, args)
+"""
+
+
+def reading(args, device, precision):
+    """Time and memory of reading, splitting and auditing a sheet of many rows, a quarter of them with a photo."""
+    section = []
+    for rows in (50_000, 200_000):
+        with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            folder = Path(folder)
+            draw_large(Path(args.data_dir[0]), folder, rows, rows // 4)
+            for sheet in ("labels.xlsx", "labels.csv"):
+                places = ["--labels_path", folder / sheet, "--image_dir", folder / "photos"]
+                read = run_process([sys.executable, "-c", READ_AND_SPLIT, *places])
+                results = ["--figures_dir", folder / "figures", "--summary_path", folder / "summary.json"]
+                audit = run_process([sys.executable, ROOT / "eda.py", *places, *results])
+                line = {"rows": rows, "photos": rows // 4, "sheet": sheet.rpartition(".")[2]}
+                line |= {"read_and_split_seconds": read[0], "read_and_split_mib": read[1]}
+                section.append(line | {"audit_seconds": audit[0], "audit_mib": audit[1]})
+                print(section[-1], flush=True)
+    return section
+
+
+def draw_large(data_dir, folder, rows, photos):
+    """A sheet of so many rows with all columns, and hard links to a few photos for the first of them."""
+    sheet = pd.read_excel(data_dir / "digital_biomass_labels.xlsx", engine="calamine")
+    sheet = pd.concat([sheet] * -(-rows // len(sheet)), ignore_index=True).head(rows)
+    files = [data_dir / "images_med_res" / name for name in sheet["filename"].head(50)]
+    sheet["filename"] = [f"{row}.png" for row in range(rows)]
+    sheet["plant_number"] = sheet.index // 20
+    sheet.to_csv(folder / "labels.csv", index=False)
+    sheet.to_excel(folder / "labels.xlsx", index=False)
+    (folder / "photos").mkdir()
+    for file in files:
+        shutil.copy(file, folder / file.name)
+    for row in range(photos):
+        os.link(folder / files[row % len(files)].name, folder / "photos" / f"{row}.png")
+
+
 def read_labels(data_dir):
-    labels = train_model.load_labels(Path(data_dir) / "digital_biomass_labels.xlsx", TARGET, ["plant_number"])
-    return train_model.filter_missing_images(labels, Path(data_dir) / "images_med_res")
+    sheet = Path(data_dir) / "digital_biomass_labels.xlsx"
+    labels = train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", str(sheet)]))
+    return train_model.filter_missing_images(labels, Path(data_dir) / "images_med_res", TARGET)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["runs", "scaling", "answers"])
+    parser.add_argument("part", choices=["runs", "scaling", "answers", "reading"])
     parser.add_argument("--data_dir", nargs="+", default=["sample_data"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain_batches", type=int, default=12)
@@ -267,7 +322,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = train_model.pick_device(args.device)
     precision = train_model.pick_precision("auto", device)
-    part = {"runs": runs, "scaling": scaling, "answers": answers}[args.part]
+    part = {"runs": runs, "scaling": scaling, "answers": answers, "reading": reading}[args.part]
     result = json.loads(args.out.read_text()) if args.out.is_file() else {}
     machine = {
         "device": str(device),
