@@ -34,7 +34,7 @@ FOLDS, SPLIT = "5 folds", "one split"
 METADATA = "--metadata_columns age_days total_leaves big_leaves small_leaves experiment_id temperature humidity"
 LARGE = "--model_name regnet_y_400mf --image_size 448 --no_augmentation"
 HEAD = "--standardize_features --target_transform standardize --lr_schedule cosine --epochs 40"
-ALL_LAYERS = "--unfreeze_backbone --image_size 160 --epochs 24 --batch_size 16 --target_transform standardize"
+ALL_LAYERS = "--unfreeze_backbone --image_size 160 --epochs 10 --batch_size 16 --target_transform standardize"
 SETTINGS = {  # name: flags, how it is judged, seeds
     "study's setting": ("", FOLDS, 3),
     "target standardized": ("--target_transform standardize", FOLDS, 3),

@@ -78,7 +78,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "held_out.json")
     args, flags = parser.parse_known_args(argv)
     flags = flags or [*LARGE.split(), *HEAD.split()]
-    sheet = train_model.read_sheet(args.data_dir / "digital_biomass_labels.xlsx", TARGET).dropna(subset=TARGET)
+    sheet = train_model.read_sheet(args.data_dir / "digital_biomass_labels.xlsx", [TARGET]).dropna(subset=TARGET)
     labels = sheet.assign(_plant=sheet["plant_number"]).reset_index(drop=True)
     kept, away = train_model.split_by_plant(labels, 0.2, seed=1)
     images = args.data_dir / "images_med_res"
