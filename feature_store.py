@@ -128,7 +128,10 @@ class FeatureStore:
                 return rows
         except FileNotFoundError:  # another run has just found it damaged
             return np.empty(0, self.row)
-        except ValueError:  # it is whole, but no table of numbers
+            rows = None
+        except OSError:
+            raise
+        except Exception:  # it is whole, but no table of numbers; NumPy raises whatever its header makes of it
             pass
         logger.info(f"removed the damaged feature file {path}: what it held is computed again")
         path.unlink(missing_ok=True)

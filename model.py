@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from inputs import UserError, one_line
+from metadata import MetadataEncoder
 from outputs import whole_file
 
 # The rest of torchvision's classifiers fits one way of taking the classifier off: these have no linear layer at their
@@ -323,8 +324,9 @@ def from_checkpoint(checkpoint, device):
     """The BiomassModel that was saved, in eval mode."""
     settings = dict(checkpoint["settings"])
     choices = settings.pop("head")
-    if settings["model_name"] not in (None, *BACKBONES) or not 0 <= (settings["image_size"] or 0) <= LARGEST:
-        raise ValueError("no checkpoint of ours")
+    known = settings["model_name"] in (None, *BACKBONES) and 0 <= (settings["image_size"] or 0) <= LARGEST
+    if not known or choices.get("metadata_width", 0) != MetadataEncoder(checkpoint["metadata"]).width:
+        raise ValueError("no checkpoint of ours")  # told before it takes memory
     model = BiomassModel(**settings)
     model.new_head(**choices)
     model.load_state_dict(checkpoint["model_state"])
@@ -362,8 +364,10 @@ def load_plain(path):
     """Tensors and plain values of a file of torch.save; raises where it holds code, or packed more than its size."""
     if zipfile.is_zipfile(path):  # torch.save packs nothing
         with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError(f"{path} is a packed archive")
+            parts = archive.infolist()
+        packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        if packed or sum(part.file_size for part in parts) > Path(path).stat().st_size:
+            raise ValueError(f"{path} is a packed archive")
     with warnings.catch_warnings():  # torch says of some foreign files how their pickle was written
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import logging.handlers
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from inputs import UserError
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # OWASP, CSV injection
+# What a spreadsheet takes for a formula, at the start of a text or after what it may split cells at (OWASP)
+FORMULA = re.compile(r"(^|[;,\t\r\n])(?=\s*[=+\-@])")
 
 logger = logging.getLogger("train_model")
 
@@ -138,18 +140,17 @@ def alone(outputs):
 
 
 def unlock(lock, place):
-    if os.name != "nt":  # where an open file cannot be removed
-        place.unlink(missing_ok=True)
-    lock.release()
-    with contextlib.suppress(OSError):
-        place.unlink(missing_ok=True)
+    """Remove the lock file and release it; on Windows the other way round, as an open file cannot be removed there."""
+    for step in (lock.release, place.unlink) if os.name == "nt" else (place.unlink, lock.release):
+        with contextlib.suppress(OSError):
+            step()
 
 
 def harmless(table):
-    """A table whose texts no spreadsheet takes for formulas: an apostrophe stands before such a text."""
+    """A table whose texts no spreadsheet takes for formulas: an apostrophe stands before them."""
 
     def escape(cell):
-        return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+        return FORMULA.sub(r"\1'", cell) if isinstance(cell, str) else cell
 
     texts = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     return table.assign(**{name: table[name].map(escape) for name in texts}).rename(columns=escape)

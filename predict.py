@@ -33,7 +33,7 @@ from metadata import MetadataEncoder
 from model import from_checkpoint, load_plain
 from outputs import alone, check_writable, harmless, logging_to_console, whole_file
 from report import new_figure, plain, save_figure, scores
-from train_model import EXTRACTION_BATCH, Parser, between, in_threads, pick_device, transforms
+from train_model import EXTRACTION_BATCH, Parser, between, in_threads, memory_is_full, pick_device, transforms
 
 UNLIKE = "unlike training photos"
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
@@ -143,6 +143,8 @@ def read_photo(path, fault, size):
     if not fault:
         try:
             return np.asarray(transforms.resize(open_photo(path), [size, size])), ""
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
             fault = fault_of(error)
     return np.zeros((size, size, 3), np.uint8), fault
@@ -402,7 +404,9 @@ def main(argv=None):
             return 1 if predict(parser.parse_args(argv)) else 0
         except UserError as error:
             parser.error(str(error))
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not memory_is_full(error):
+                raise
             parser.error("the memory is full: weigh fewer photos at once, or close other programs")
         except OSError as error:
             parser.error(f"cannot read or write {error.filename} ({error.strerror or one_line(error)})")

@@ -31,18 +31,19 @@ class Progress:
         try:
             kept = load_plain(self.path)
             settings, self.results, self.states = (dict(kept[name]) for name in ("settings", "results", "states"))
+            different = [name for name, now in self.settings.items() if bool(settings.get(name) != now)]
         except Exception as error:  # whatever a foreign file makes the unpickler stumble over
+            raise self.damaged(error) from error
+        if different:
+            before, now = (told(values.get(different[0])) for values in (settings, self.settings))
             raise UserError(
-                f"--resume: {self.path} is damaged ({type(error).__name__}); start anew without --resume"
-            ) from error
-        for name, now in self.settings.items():
-            before = settings.get(name)
-            if before != now:
-                raise UserError(
-                    f"--resume: {self.path} is of a run with {name} {told(before)}, now it is {told(now)}; start with "
-                    "what was, or anew without --resume"
-                )
+                f"--resume: {self.path} is of a run with {different[0]} {before}, now it is {now}; start with what "
+                "was, or anew without --resume"
+            )
         self.found = True
+
+    def damaged(self, error):
+        return UserError(f"--resume: {self.path} is damaged ({type(error).__name__}); start anew without --resume")
 
     def reached(self, stage, state):
         """Note the state of training after an epoch; state() gives it, and is asked for only if it is written."""

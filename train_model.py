@@ -180,9 +180,9 @@ def filter_missing_images(labels, image_dir, target):
 
     with ThreadPoolExecutor() as pool:
         looks = pool.map(look_at, labels["filename"])
-        import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
-
         try:
+            import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
+
             looks = pd.DataFrame(looks, index=labels.index, columns=["_path", "_content", "_fault"])
         except BaseException:  # Ctrl-C, which would wait for all photos else
             pool.shutdown(wait=False, cancel_futures=True)
@@ -279,6 +279,8 @@ class BiomassDataset(Dataset):
         try:
             content = read_photo_file(self.paths[row])
             photo = open_photo(content)
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
             raise UserError(f"{self.paths[row]}: {fault_of(error)}; replace it or remove its row") from None
         if digest(content) != self.contents[row]:
@@ -352,7 +354,8 @@ def in_threads(function, count, threads):
 def read_ahead(batches, num_workers):
     """Iterate over PhotoBatches while the next ones are decoded: in threads, or in worker processes where asked."""
     if num_workers:
-        return DataLoader(batches, batch_size=None, num_workers=num_workers)
+        own = torch.Generator()  # else workers' seeds are drawn from the generator that dropout draws from
+        return DataLoader(batches, batch_size=None, num_workers=num_workers, generator=own)
     return in_threads(batches.__getitem__, len(batches), min(os.cpu_count() or 1, 16))
 
 
@@ -568,6 +571,8 @@ def train_one_epoch(model, batches, optimizer, loss_of, device):
         optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
         squares += (model.target.undo(outputs.detach()) - targets).square().sum().item()
         rows += len(targets)
+        if not math.isfinite(squares):
+            raise FloatingPointError(f"the squared error is not finite at batch {number}")
     return squares / rows
 
 
@@ -640,7 +645,10 @@ class Training:
         self.loss_of = loss_function(args, self.model.target, loader.photos.targets[train_rows].to(device))
         self.history, self.best, self.predictions = [], None, None
         if label in progress.states:
-            self.restore(progress.states[label])
+            try:
+                self.restore(progress.states[label])
+            except Exception as error:  # whatever a foreign state makes it stumble over
+                raise progress.damaged(error) from error
             logger.info(f"{label}resumed after epoch {len(self.history)}")
 
     def fit(self):
@@ -680,9 +688,9 @@ class Training:
             if len(self.val_rows):
                 self.best = {**row, "predictions": predictions} if improved else self.best
                 self.predictions = predictions
+            logger.info(text)
             if improved and self.keep:
                 self.keep.mark(epoch)
-        logger.info(text)
 
     def state(self):
         """All that restore() needs, in tensors and plain values."""
@@ -1047,18 +1055,24 @@ def settings_of(args, run, model):
     """All that the result of a run depends on, by the names under which a user knows it."""
     settings = {f"--{name}": value for name, value in run["arguments"].items() if name not in PLACES}
     weights = digest(*(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()))
-    versions = {name: run["versions"][name] for name in ("torch", "torchvision")}
-    return settings | {name: run[name] for name in ("device", "precision")} | versions | {
+    return settings | {name: run[name] for name in ("device", "precision")} | run["versions"] | {
         "the backbone's weights": weights,
         "data (rows of the sheet and photos)": run["data_fingerprint"],
     }  # fmt: skip
+
+
+def memory_is_full(error):
+    """Whether an error tells of it; torch's own are RuntimeErrors, as is that of a worker process that was ended."""
+    told = ("can't allocate memory", "out of memory", "exited unexpectedly")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
 
 
 def train(argv, args, lines):
     """The whole run, from the sheet to the report; returns whether it was interrupted."""
     started = time.perf_counter()
     complete_arguments(args)
-    with alone([args.results_dir / "predictions.csv", args.metrics_path, args.model_out, args.log_path]):
+    places = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
+    with alone([args.results_dir / "predictions.csv", *places]):
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
         labels = load_labels(args)
@@ -1097,7 +1111,9 @@ def main(argv=None):
             interrupted = train(argv, parser.parse_args(argv), lines)
         except UserError as error:  # from a worker process it comes with a traceback before its last line
             parser.error(str(error).rpartition("\ninputs.UserError: ")[2].strip())
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not memory_is_full(error):
+                raise
             parser.error("the memory is full: pass a smaller --batch_size or --image_size, or close other programs")
         except OSError as error:
             place, reason = error.filename or "a file", error.strerror or one_line(error)

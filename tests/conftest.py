@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and waiting threads of torch take them all
+
 import pandas as pd
 import pytest
 
