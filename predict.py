@@ -32,7 +32,7 @@ from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, o
 from metadata import MetadataEncoder
 from model import from_checkpoint, load_plain
 from outputs import alone, check_writable, harmless, logging_to_console, whole_file
-from report import new_figure, plain, save_figure, scores
+from report import new_figure, plain, save_photos, scores
 from train_model import EXTRACTION_BATCH, Parser, between, in_threads, memory_is_full, pick_device, transforms
 
 UNLIKE = "unlike training photos"
@@ -261,7 +261,7 @@ def draw_sheet(table, scale, path):
     figure.suptitle(
         f"{len(shown)} of {len(good):,} photos with their predicted {plain(scale.target)}; {why}", fontsize=10
     )
-    save_figure(figure, path)
+    save_photos(figure, path)
 
 
 # ---------------------------------------------------------------- other programs

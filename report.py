@@ -160,6 +160,14 @@ def save_figure(figure, path):
         figure.savefig(partial, format=Path(path).suffix[1:], dpi=150)
 
 
+def save_photos(figure, path):
+    """Save a figure of photos as a PNG with a palette, because photos make large PNGs."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)  # the photos have no more to show
+    with whole_file(path) as partial:
+        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="PNG")
+
+
 def write_report(history, predictions, metrics, args, open_photo):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
     suffix = f"_{unit_of(args.target)}" if unit_of(args.target) else ""
@@ -265,8 +273,4 @@ def plot_worst(predictions, args, open_photo):
             fontsize=10,
         )
     figure.suptitle(f"The {len(worst)} largest errors of {len(predictions):,} photos")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)  # the photos have no more to show
-    with whole_file(args.results_dir / "worst_predictions.png") as partial:
-        # a palette, because photos make large PNGs
-        Image.open(drawn).convert("RGB").quantize(256).save(partial, format="PNG")
+    save_photos(figure, args.results_dir / "worst_predictions.png")
