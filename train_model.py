@@ -5,6 +5,7 @@
         --model_out models/resnet18_biomass.pt --freeze_backbone      the study's documented run
     python train_model.py --folds 5                                   every photo predicted once, by cross-validation
     python train_model.py --data_dir sample_data --weights none       on drawn data, without ImageNet weights
+    python train_model.py --resume                                    go on with the run that was stopped
 
 Reads  DATA_DIR/digital_biomass_labels.xlsx and the photos in DATA_DIR/images_med_res.
 Writes models/biomass_resnet.pt (the model), training.log (what happened), and in results/: metrics.txt (JSON),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import ablation
 import pytest
 
 import make_sample_data
@@ -69,6 +70,30 @@ def test_pictures_and_files_that_the_readme_names_are_there():
     for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.(?:py|txt|log|csv|png|json))`", README):
         places = (ROOT / path, ROOT / "results" / path, ROOT / "tests" / path)
         assert any(place.is_file() for place in places), path
+
+
+def test_the_table_of_improvements_is_that_of_the_committed_runs():
+    table = ablation.read_table(ROOT / "results" / "ablation.csv")
+    summary = ablation.summarize(table)
+    assert set(summary["setting"]) == set(ablation.SETTINGS)
+    for row in summary.itertuples():
+        flags, judged, seeds = ablation.SETTINGS[row.setting]
+        runs = table[table["setting"] == row.setting]
+        assert (runs["flags"] == flags).all() and (runs["judged"] == judged).all() and len(runs) == seeds
+        cells = rows_of(row.setting)
+        assert cells[0] == judged and cells[1].startswith(f"{runs['rmse'].mean():.3f}")
+        assert seeds == 1 or cells[1].endswith(f"{runs['rmse'].std():.3f}")
+    command = " ".join(README.replace("\\\n", " ").split())
+    assert f"python train_model.py --folds 5 {ablation.SETTINGS['recommended'][0]}" in command
+
+
+def test_speed_and_held_out_plants_stand_in_the_readme():
+    for name, run in committed("benchmark.json")["runs"]["result"]["runs"].items():
+        wanted = [f"{run['plain_seconds']:.0f}", f"{run['seconds']:.1f}", f"{run['ratio']:.1f}", str(run["peak_mib"])]
+        assert rows_of(name) == wanted
+    held_out = committed("held_out.json")
+    assert rows_of("RMSE on the plants kept away") == [f"{held_out['rmse']:.4f} g"]
+    assert rows_of("weights in the 90 % interval") == [f"{held_out['coverage']:.1%}"]
 
 
 @pytest.mark.skipif(not (shutil.which("pandoc") and shutil.which("pdflatex")), reason="pandoc or LaTeX is missing")
