@@ -125,9 +125,9 @@ def summarize(table):
 
 def print_table(summary, table, lines):
     print("| setting | judged on | RMSE (g) | R2 | CPU seconds |\n| --- | --- | --- | --- | --- |")
-    print(f"| training mean | 5 folds | {table.loc[table['judged'] == FOLDS, 'mean_rmse'].mean():.4f} | - | - |")
+    print(f"| reference: training mean | 5 folds | {table.loc[table['judged'] == FOLDS, 'mean_rmse'].mean():.4f} | - | - |")
     for name, rmse in lines.items():
-        print(f"| {name} | - | {rmse:.4f} | - | - |")
+        print(f"| reference: {name} | - | {rmse:.4f} | - | - |")
     for row in summary.itertuples():
         rmse, r2 = (f"{mean:.3f}" if np.isnan(sd) else f"{mean:.3f} ± {sd:.3f}" for mean, sd in
                     ((row.rmse, row.rmse_sd), (row.r2, row.r2_sd)))  # fmt: skip
