@@ -125,7 +125,8 @@ def summarize(table):
 
 def print_table(summary, table, lines):
     print("| setting | judged on | RMSE (g) | R2 | CPU seconds |\n| --- | --- | --- | --- | --- |")
-    print(f"| reference: training mean | 5 folds | {table.loc[table['judged'] == FOLDS, 'mean_rmse'].mean():.4f} | - | - |")
+    mean = table.loc[table["judged"] == FOLDS, "mean_rmse"].mean()
+    print(f"| reference: training mean | 5 folds | {mean:.4f} | - | - |")
     for name, rmse in lines.items():
         print(f"| reference: {name} | - | {rmse:.4f} | - | - |")
     for row in summary.itertuples():
