@@ -295,7 +295,7 @@ def draw_large(data_dir, folder, rows, photos):
     sheet = pd.concat([sheet] * -(-rows // len(sheet)), ignore_index=True).head(rows)
     files = [data_dir / "images_med_res" / name for name in sheet["filename"].head(50)]
     sheet["filename"] = [f"{row}.png" for row in range(rows)]
-    sheet["plant_number"] = sheet.index // 20
+    sheet["plant_number"] = sheet.index % len(files)  # so that no photo is on both sides of the split
     sheet.to_csv(folder / "labels.csv", index=False)
     sheet.to_excel(folder / "labels.xlsx", index=False)
     (folder / "photos").mkdir()
