@@ -1,9 +1,30 @@
 """What held-out photos teach about new ones: how far a prediction may be off, and which photos are unlike the rest."""
 
 import numpy as np
+import pandas as pd
 
 COMPONENTS = 32  # of the training features; what lies outside them counts too
+BOOTSTRAP_DRAWS = 2000
 HELD_OUT_SHARE = 0.99  # of held-out photos that count as like the training photos
+
+
+def rmse_interval(errors, plants, seed):
+    """95 % interval of the RMSE by a percentile bootstrap over plants, None for fewer than two plants.
+
+    Photos of one plant go together into each draw: their errors are alike, and rows drawn singly would make the
+    interval too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 8).
+    """
+    squares = pd.Series(np.square(errors)).groupby(np.asarray(plants)).agg(["sum", "size"]).to_numpy()
+    if len(squares) < 2:
+        return None
+    rng, count = np.random.default_rng(seed), len(squares)
+    if count > 5000:  # one draw at a time, as all at once would fill the memory
+        draws = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_DRAWS))
+        sums = np.array([draw.astype(float) @ squares for draw in draws])
+    else:
+        sums = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) @ squares
+    total, rows = sums.T
+    return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
 
 
 def calibrate(predicted, errors, plants, growing=True, floor=0.0):

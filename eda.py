@@ -18,12 +18,10 @@ if __name__ == "__main__":  # while the libraries load; main() takes over
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("eda.py: interrupted\n"), os._exit(130)))
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
 import logging
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,12 +34,13 @@ from matplotlib.ticker import LogLocator
 from PIL import Image, ImageStat
 from tqdm import tqdm
 
+from calibration import rmse_interval
 from inputs import (
-    LARGE_PHOTO,
     PHOTO_SUFFIXES,
     PhotoFolder,
     UserError,
     as_if_in_mg,
+    decoding,
     fault_of,
     one_line,
     open_image,
@@ -50,20 +49,18 @@ from inputs import (
     read_sheet,
     to_numbers,
 )
-from outputs import alone, check_writable, logging_to_console, printable, whole_file
+from metadata import HARVEST_COLUMNS
+from outputs import Parser, alone, check_writable, logging_to_console, whole_file
 
 CHANNELS = ["red", "green", "blue"]
 DEFAULT_GROUP_BY = ["plant_number"]  # as the study did
 PLANT_COLUMNS = ["experiment_id", "plant_number"]  # plant numbers restart in every experiment
 ID_COLUMNS = ["filename", "lab_book_page", *PLANT_COLUMNS]
-# Measured at the harvest that gives the target, so no photo of a living plant comes with them
-HARVEST_COLUMNS = ("fresh_weight_shoot", "fresh_weight_root", "dry_weight_shoot", "shoot_root_ratio_fresh")
 # Soil has an excess green near 0. Orange light lacks blue and lifts the pale grains to 0.1 or 0.2; leaves keep 0.3 to
 # 0.5 under it as under white light: one threshold between the two serves all experiments.
 EXCESS_GREEN = 0.25
 DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is noise
 FOLDS = 5
-BOOTSTRAP_DRAWS = 2000
 SHOWN = 5  # rows or files that one line of text names; the audit in the summary names all
 MOST_COLUMNS, MOST_AGES, MOST_PIXELS_WIDE = 40, 40, 600  # that a figure shows: columns, boxes, pixels of a sample photo
 FAULTS = {
@@ -83,7 +80,6 @@ FAULTS = {
     "decreasing_ages": "ages that decrease with time within a plant",
 }
 
-looking_at_large = threading.Lock()  # held while a large photo is in memory, so that threads do not add up
 logger = logging.getLogger("train_model")
 
 
@@ -174,10 +170,8 @@ def look_at(path):
     """What one photo tells: mode, size, digest of its pixels, mean channels (0..1) and green area, or its problem."""
     try:
         content = read_photo_file(path)
-        with open_image(content) as file:
-            mode, large = file.mode, file.width * file.height > LARGE_PHOTO
-        with looking_at_large if large else contextlib.nullcontext():
-            return {"mode": mode} | describe_photo(open_photo(content))
+        with open_image(content) as file, decoding(file):
+            return {"mode": file.mode} | describe_photo(open_photo(content))
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes Pillow raise almost anything
@@ -430,19 +424,6 @@ def fit_law(areas, grams):
     b, log_a = np.polyfit(log_area, log_grams, 1)
     a, smearing = np.exp(log_a), np.exp(log_grams - log_a - b * log_area).mean()
     return a, b, smearing, lambda area: smearing * a * np.maximum(area, areas[seen].min()) ** b
-
-
-def rmse_interval(errors, groups, seed):
-    """95 % interval of the RMSE by a percentile bootstrap over groups, for photos of one plant err alike."""
-    squares = pd.Series(np.square(errors)).groupby(groups).agg(["sum", "size"]).to_numpy()
-    rng, count = np.random.default_rng(seed), len(squares)
-    if count > 5000:  # one draw at a time, as all at once would fill the memory
-        draws = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_DRAWS))
-        sums = np.array([draw.astype(float) @ squares for draw in draws])
-    else:
-        sums = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) @ squares
-    total, rows = sums.T
-    return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
 
 
 def measure_baselines(sheet, photos, target, group_by, seed):
@@ -704,11 +685,6 @@ def log_summary(summary, target):
 
 
 # Command line
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def build_parser():

@@ -33,7 +33,7 @@ MOST_PHOTO_BYTES = 2**28  # of a photo's file
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a photo: 89 million, what Pillow takes without a warning
 LARGE_PHOTO = 2**24  # pixels from which on photos are decoded one at a time, so that threads do not add up
 
-decoding_large = threading.Lock()
+decoding_large = threading.RLock()  # so that who holds it can open the photo
 warnings.filterwarnings("ignore", module="PIL")  # of tags that are odd, and of photos that open_image refuses
 logger = logging.getLogger("train_model")
 

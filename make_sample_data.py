@@ -43,7 +43,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from outputs import logging_to_console, printable
+from outputs import Parser, logging_to_console, printable
 
 SHEET, IMAGES, README = "digital_biomass_labels.xlsx", "images_med_res", "README.txt"
 MARKER = "Synthetic FarmBot data, drawn by make_sample_data.py"  # first line of README: this folder is ours to redraw
@@ -522,13 +522,6 @@ def add_faults(sheet, plants, folder, seed):
 
 
 # --- the command line ---
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message):
-        self.exit(2, printable(f"{self.prog}: error: {message}") + "\n")
 
 
 def parse_arguments(argv):

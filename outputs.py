@@ -1,5 +1,6 @@
 """Write files whole or not at all, by one run at a time, and with nothing in them that a reader's program would run."""
 
+import argparse
 import contextlib
 import logging
 import logging.handlers
@@ -12,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from inputs import UserError
+from inputs import PHOTO_SUFFIXES, UserError
 
 # What a spreadsheet takes for a formula, at the start of a text or after what it may split cells at (OWASP)
 FORMULA = re.compile(r"(^|[;,\t\r\n])(?=\s*[=+\-@])")
@@ -80,6 +81,13 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage of thirty flags before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -100,18 +108,22 @@ def whole_file(path, told=True):
         logger.info(f"wrote {path}")
 
 
-def check_writable(outputs, inputs=()):
+def check_writable(outputs, inputs=(), photo_folders=()):
     """Make the folders of files that are to be written, and find out whether they can be.
 
-    Raises UserError for an output that is a folder, one of the `inputs` or there twice, or cannot be written.
+    Raises UserError for an output that is a folder, one of the `inputs` or there twice, that would lie
+    among the photos of `photo_folders`, or that cannot be written.
     """
     taken = {os.path.realpath(path): "is an input" for path in inputs}
+    folders = {os.path.realpath(folder) for folder in photo_folders}
     for path in outputs:
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
         if os.path.realpath(path) in taken:
             raise UserError(f"cannot write {path}: it {taken[os.path.realpath(path)]}; choose another place for it")
         taken[os.path.realpath(path)] = "is another output too"
+        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.dirname(os.path.realpath(path)) in folders:
+            raise UserError(f"cannot write {path}: it would lie among the photos; choose another place for it")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()

@@ -31,9 +31,9 @@ import calibration
 from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
 from metadata import MetadataEncoder
 from model import from_checkpoint, load_plain
-from outputs import alone, check_writable, harmless, logging_to_console, whole_file
+from outputs import Parser, alone, check_writable, harmless, logging_to_console, whole_file
 from report import new_figure, plain, save_photos, scores
-from train_model import EXTRACTION_BATCH, Parser, between, in_threads, memory_is_full, pick_device, transforms
+from train_model import EXTRACTION_BATCH, between, in_threads, memory_is_full, pick_device, transforms
 
 UNLIKE = "unlike training photos"
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
@@ -359,11 +359,8 @@ def predict(args):
     if args.image_dir and not args.labels_path:
         raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
     outputs = [path for path in (args.out, args.sheet, args.export) if path]
-    check_writable(outputs, [args.model, *args.photos, *([args.labels_path] if args.labels_path else [])])
-    folders = {os.path.realpath(folder) for folder in (*args.photos, image_dir_of(args)) if folder}
-    for path in outputs:
-        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.dirname(os.path.realpath(path)) in folders:
-            raise UserError(f"cannot write {path}: it would lie among the photos; choose another place for it")
+    inputs = [args.model, *args.photos, *([args.labels_path] if args.labels_path else [])]
+    check_writable(outputs, inputs, [folder for folder in (*args.photos, image_dir_of(args)) if folder])
     with alone(outputs):
         return weigh_and_write(args)
 

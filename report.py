@@ -17,10 +17,10 @@ import torchvision
 from PIL import Image
 from PIL import __version__ as pillow_version
 
+from calibration import rmse_interval
 from feature_store import digest
 from outputs import harmless, whole_file
 
-BOOTSTRAP_DRAWS = 2000
 RESULT_FILES = ["history.csv", "predictions.csv", "predictions.png", "worst_predictions.png"]
 
 logger = logging.getLogger("train_model")
@@ -71,25 +71,6 @@ def scores(table):
         "val_r2": r2_score(measured, predicted) if len(table) > 1 else None,
         "val_bias": table["error"].mean(),
     }
-
-
-def rmse_interval(errors, plants, seed):
-    """95 % interval of the RMSE by a percentile bootstrap over plants, None for fewer than two plants.
-
-    Photos of one plant go together into each draw: their errors are alike, and rows drawn singly would make the
-    interval too narrow (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 8).
-    """
-    squares = pd.Series(np.square(errors)).groupby(np.asarray(plants)).agg(["sum", "size"]).to_numpy()
-    if len(squares) < 2:
-        return None
-    rng, count = np.random.default_rng(seed), len(squares)
-    if count > 5000:  # one draw at a time, as all at once would fill the memory
-        draws = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_DRAWS))
-        sums = np.array([draw.astype(float) @ squares for draw in draws])
-    else:
-        sums = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_DRAWS) @ squares
-    total, rows = sums.T
-    return np.percentile(np.sqrt(total / rows), [2.5, 97.5]).tolist()
 
 
 def summarize(predictions, chosen, splits, labels, args):

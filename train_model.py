@@ -46,7 +46,6 @@ from tqdm import tqdm
 from calibration import calibrate, describe_features, distances, limit_of
 from feature_store import FeatureStore, digest
 from inputs import (
-    PHOTO_SUFFIXES,
     PhotoFolder,
     UserError,
     as_if_in_mg,
@@ -60,7 +59,7 @@ from inputs import (
 )
 from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks
 from model import BACKBONES, LARGEST, TRANSFORMS, build_model, save_plain
-from outputs import alone, check_writable, logging_to_console, open_log, printable
+from outputs import Parser, alone, check_writable, logging_to_console, open_log
 from progress import Progress
 from report import RESULT_FILES, describe_run, log_result, log_run, summarize, unit_of, write_report
 
@@ -896,13 +895,6 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
 # ---------------------------------------------------------------- command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage of thirty flags before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
-
-
 def whole(low, high=math.inf):
     """argparse type: a whole number from `low` to `high`."""
 
@@ -1041,11 +1033,7 @@ def complete_arguments(args):
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, progress_path(args)]
     outputs += [args.results_dir / name for name in RESULT_FILES]
     inputs = [args.labels_path, *([args.weights] if args.weights not in ("imagenet", "none") else [])]
-    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"], inputs)
-    photos = os.path.realpath(args.image_dir)
-    for path in outputs:
-        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.dirname(os.path.realpath(path)) == photos:
-            raise UserError(f"cannot write {path}: it would lie among the photos; choose another place for it")
+    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"], inputs, [args.image_dir])
 
 
 def progress_path(args):
