@@ -125,13 +125,11 @@ def has_numbers(sheet, *columns):
 
 def find_photos(folder, sheet):
     """Spell each `filename` of the sheet as the folder does; return the sheet, and the fault of each name not found."""
-    spelt, faults = {}, {}
-    for name in sheet["filename"].dropna().unique():
-        path, fault = folder.find(name)
-        if fault:
-            faults[name] = fault
-        else:
-            spelt[name] = path.relative_to(folder.folder).as_posix()
+    names = sheet["filename"].dropna().drop_duplicates()
+    found = folder.find_all(names).set_axis(names)
+    faults = found["_fault"][found["_fault"] != ""].to_dict()
+    good = found["_path"][found["_fault"] == ""]
+    spelt = {name: Path(path).relative_to(folder.folder).as_posix() for name, path in good.items()}
     other = [f"'{name}' is {found}" for name, found in spelt.items() if name != found]
     if other:
         logger.info(line("file names of the sheet that the folder spells otherwise", other))
@@ -142,12 +140,11 @@ def find_photos(folder, sheet):
 
 def list_photos(folder):
     """Names of the folder's own photos: no hidden file, pipe or folder, and no link that leads out."""
-    with os.scandir(folder.folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(PHOTO_SUFFIXES) and not entry.name.startswith("."):
-                linked = entry.is_symlink() and os.path.isfile(entry.path) and not folder.find(entry.name)[1]
-                if linked or entry.is_file(follow_symlinks=False):
-                    yield entry.name
+    for name in folder.names():
+        if name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith("."):
+            path = folder.folder / name
+            if path.is_file() and not (path.is_symlink() and folder.find(name)[1]):
+                yield name
 
 
 def scan_photos(folder, found):
@@ -729,6 +726,7 @@ def explore(args):
     """The whole run, from the sheet to the summary."""
     check_arguments(args)
     folder = PhotoFolder(args.image_dir)
+    folder.names()  # lists it once, for the names of the sheet and for the photos that no row names
     sheet, typed = load_labels(args.labels_path, args.target, args.group_by)
     sheet, not_found = find_photos(folder, sheet)
     found = {*sheet["filename"].dropna()} - {*not_found}

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from outputs import whole_file
@@ -40,14 +41,15 @@ class FeatureStore:
 
     `recipe` is a flat dict of all that the features depend on beside the key; features are arrays of `shape` and
     `dtype`. Files are mapped, not read, so that only the features that are asked for take memory. A file that does not
-    hold what its name promises is named in the log and removed. With `cache_dir` None it keeps nothing. Raises OSError
-    where the folder cannot be written, OverflowError for features that `dtype` cannot hold.
+    hold what its name promises is named in the log and removed. With `cache_dir` None features are kept in memory.
+    Raises OSError where the folder cannot be written, OverflowError for features that `dtype` cannot hold.
     """
 
     def __init__(self, cache_dir, recipe, shape, dtype):
         recipe = json.dumps({**recipe, "shape": shape, "dtype": np.dtype(dtype).name}, indent=2, sort_keys=True)
         self.row = np.dtype([("key", f"S{KEY_LENGTH}"), ("feature", dtype, shape)])
-        self.files = []
+        self.tables, self.names = [], set()  # what has been read, and the names of its files
+        self.keys, self.starts, self.order = np.empty(0, self.row["key"]), np.zeros(1, int), np.empty(0, int)
         self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,59 +57,79 @@ class FeatureStore:
                 for partial in self.folder.glob("*.partial"):  # of a run that was killed, as none holds the lock
                     partial.unlink()
             self._write("recipe.json", recipe.encode())
-            self.files = [self._read(path) for path in sorted(self.folder.glob("*.npy"))]
-        self.keys = np.concatenate([np.empty(0, self.row["key"]), *(rows["key"] for rows in self.files)])
-        self.starts = np.cumsum([0, *map(len, self.files)])
-        self.order = np.argsort(self.keys, kind="stable")
 
-    def features(self, keys, compute):
-        """Features (len(keys), *shape) of `dtype`, those that are not kept by `compute(numbers of their keys)`.
+    def complete(self, keys, compute, group, batch=1):
+        """Keep what is missing of `keys`, by `compute(their numbers)`: each process of `group` computes its share.
 
-        `compute` yields arrays of features in the order of the numbers; they are kept as they come.
+        `compute` yields arrays of features in the order of the numbers; they are kept as they come. A share is a run
+        of whole batches of `batch` numbers.
         """
-        found, features = self.find(keys)
-        missing = np.flatnonzero(~found)
-        logger.info(f"features: {found.sum():,} found, {len(missing):,} to compute")
+        missing = group.first(self.missing, keys)  # one answer for all, as other runs may add to the store meanwhile
+        logger.info(f"features: {len(keys) - len(missing):,} found, {len(missing):,} to compute")
         started, done, waiting = time.perf_counter(), 0, []
         enough = min(FEATURES_A_FILE, 1 + BYTES_A_FILE // self.row.itemsize)
-        for computed in compute(missing) if len(missing) else ():
+        own = missing[group.share(len(missing), batch)]
+        for computed in compute(own) if len(own) else ():
             with np.errstate(over="ignore"):  # it is refused below
                 waiting.append(computed.astype(self.row["feature"].base))  # kept or not: one answer for both
             done += len(computed)
-            if sum(map(len, waiting)) >= enough or done == len(missing):
+            if sum(map(len, waiting)) >= enough or done == len(own):
                 computed, waiting = np.concatenate(waiting), []
                 if not np.isfinite(computed).all():
                     raise OverflowError(f"a feature is beyond the range of {computed.dtype}")
-                numbers = missing[done - len(computed) : done]
-                features[numbers] = computed
-                self.add([keys[number] for number in numbers], computed)
-        if done:
+                self.add(keys[own[done - len(computed) : done]], computed)
+        group.wait()
+        if not self.folder:
+            self.tables = [table for tables in group.gather(self.tables) for table in tables]
+        if len(missing):
             seconds = time.perf_counter() - started
-            logger.info(f"features: {done:,} computed in {seconds:.1f} s, {done / seconds:.0f} photos/s")
+            logger.info(
+                f"features: {len(missing):,} computed in {seconds:.1f} s, {len(missing) / seconds:.0f} photos/s"
+            )
+
+    def missing(self, keys):
+        """Numbers of the `keys` that are not kept."""
+        return np.flatnonzero(self.places(keys) < 0)
+
+    def places(self, keys):
+        """Where each of the `keys` is kept, to be asked for as store[places]; -1 for those that are not."""
+        self.refresh()
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        near = np.searchsorted(self.keys, keys, sorter=self.order)
+        places = self.order[np.minimum(near, len(self.order) - 1)]
+        return np.where(self.keys[places] == keys, places, -1)
+
+    def __getitem__(self, places):
+        """Features (len(places), *shape); places are those that the last call of `places` gave."""
+        features = np.empty(len(places), self.row["feature"])
+        tables = np.searchsorted(self.starts, places, side="right") - 1
+        for table in np.unique(tables):
+            here = tables == table
+            features[here] = self.tables[table]["feature"][places[here] - self.starts[table]]
         return features
 
-    def find(self, keys):
-        """Which `keys` are kept, a mask (len(keys),), and features (len(keys), *shape), filled in where they are."""
-        keys = np.array(keys, dtype=self.row["key"])
-        features = np.empty(len(keys), self.row["feature"])
-        if not len(self.keys):
-            return np.zeros(len(keys), dtype=bool), features
-        place = np.searchsorted(self.keys, keys, sorter=self.order)
-        candidate = self.order[np.minimum(place, len(self.order) - 1)]
-        found = self.keys[candidate] == keys
-        for start, rows in zip(self.starts, self.files, strict=False):
-            here = np.flatnonzero(found & (candidate >= start) & (candidate < start + len(rows)))
-            features[here] = rows["feature"][candidate[here] - start]
-        return found, features
+    def refresh(self):
+        """Read the files that have come since."""
+        for path in sorted(self.folder.glob("*.npy")) if self.folder else ():
+            table = None if path.name in self.names else self._read(path)
+            if table is not None:
+                self.names.add(path.name)
+                self.tables.append(table)
+        self.keys = np.concatenate([np.empty(0, self.row["key"]), *(table["key"] for table in self.tables)])
+        self.starts = np.cumsum([0, *map(len, self.tables)])
+        self.order = np.argsort(self.keys, kind="stable")
 
     def add(self, keys, features):
-        """Keep `features` (n, *shape) under `keys` for later runs; this object goes on answering as it was opened."""
+        """Keep `features` (n, *shape) under `keys`."""
+        rows = np.empty(len(keys), self.row)
+        rows["key"], rows["feature"] = keys, features
         if self.folder:
-            rows = np.empty(len(keys), self.row)
-            rows["key"], rows["feature"] = keys, features
             content = io.BytesIO()
             np.save(content, rows, allow_pickle=False)
             self._write(f"{hashlib.sha256(content.getbuffer()).hexdigest()}.npy", content.getbuffer())
+        else:
+            self.tables.append(rows)
 
     def _writing(self):
         return FileLock(self.folder / "writing.lock")
@@ -118,21 +140,35 @@ class FeatureStore:
                 partial.write_bytes(content)
 
     def _read(self, path):
+        """Rows of a feature file; None, and it is removed, if it does not hold what its name promises."""
         try:
-            sha = hashlib.sha256()
-            with path.open("rb") as file:
-                while part := file.read(2**20):
-                    sha.update(part)
-            rows = np.lib.format.open_memmap(path, mode="r") if sha.hexdigest() == path.stem else None
-            if rows is not None and rows.dtype == self.row and rows.ndim == 1:
+            rows = self._map(path)
+            if rows is not None:
                 return rows
         except FileNotFoundError:  # another run has just found it damaged
-            return np.empty(0, self.row)
-            rows = None
+            return None
         except OSError:
             raise
         except Exception:  # it is whole, but no table of numbers; NumPy raises whatever its header makes of it
             pass
         logger.info(f"removed the damaged feature file {path}: what it held is computed again")
         path.unlink(missing_ok=True)
-        return np.empty(0, self.row)
+        return None
+
+    def _map(self, path):
+        sha = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                sha.update(part)
+            if sha.hexdigest() != path.stem:
+                return None
+            size = file.tell()
+            file.seek(0)
+            if np.lib.format.read_magic(file) != (1, 0):
+                return None
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        if dtype != self.row or len(shape) != 1 or size != start + shape[0] * dtype.itemsize:
+            return None
+        # Not np.memmap, which keeps each file open: a store of a million photos has more files than may be open
+        return torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()[start:].view(self.row)

@@ -34,6 +34,7 @@ MOST_PIXELS = Image.MAX_IMAGE_PIXELS  # of a photo: 89 million, what Pillow take
 LARGE_PHOTO = 2**24  # pixels from which on photos are decoded one at a time, so that threads do not add up
 
 decoding_large = threading.RLock()  # so that who holds it can open the photo
+pd.set_option("mode.string_storage", "python")  # Arrow's texts refuse names of files whose bytes are no UTF-8
 warnings.filterwarnings("ignore", module="PIL")  # of tags that are odd, and of photos that open_image refuses
 logger = logging.getLogger("train_model")
 
@@ -50,7 +51,7 @@ def one_line(error):
 
 
 def read_sheet(path, columns=()):
-    """Read a label sheet: the first sheet of an Excel or OpenDocument file, or a CSV file; its content tells which.
+    """Read a label sheet: the first one of an Excel or OpenDocument file, or a CSV or Parquet file; its content tells.
 
     The column names are in the row of `filename`, among the first twenty. Returns all rows that hold a value, numbered
     so that row + 2 is their row in a spreadsheet; `filename` as text without outer spaces, the other cells as typed.
@@ -61,41 +62,68 @@ def read_sheet(path, columns=()):
         found = "it is a folder, " if path.is_dir() else ""
         raise UserError(f"no label sheet at {path}: {found}pass --labels_path")
     try:
-        cells, text = read_cells(path)
+        names, sheet, text = read_table(path)
     except UserError as error:
         raise UserError(f"cannot read {path} as a label sheet: {error}") from error
     except MemoryError:
         raise
     except Exception as error:  # pandas, calamine and zipfile each raise their own
         raise UserError(f"cannot read {path} as a label sheet: {one_line(error)}") from error
-    if cells.empty:
+    if not names:
         raise UserError(f"{path} is empty: pass another sheet by --labels_path")
-    header = header_row(cells.head(HEADER_WITHIN).to_numpy()) or 0
-    if header:
-        logger.info(f"the column names of {path} are in row {header + 1}, the rows above it are left out")
-    names = ["" if pd.isna(name) else str(name).strip() for name in cells.iloc[header]]
-    names = choose_names(names, ("filename", *columns), path)
-    sheet = cells.iloc[header + 1 :].set_axis(names, axis=1)
-    sheet.index = sheet.index - 1
+    sheet = sheet.set_axis(choose_names(names, ("filename", *columns), path), axis=1)
     sheet = sheet.drop(columns="", errors="ignore").dropna(how="all")
     filenames = sheet["filename"].astype("string").str.strip().replace("", pd.NA)
     sheet = sheet.apply(numbers_of_text) if text else sheet.infer_objects()
     return sheet.assign(filename=filenames)
 
 
-def read_cells(path):
-    """All cells of the sheet, names of the columns included, and whether they are all text."""
+def read_table(path):
+    """Names of the columns, the rows under them, and whether their cells are all text."""
     if path.stat().st_size > MOST_SHEET_BYTES:
         raise UserError(f"it is larger than {MOST_SHEET_BYTES / 2**30:.0f} GiB")
+    with path.open("rb") as file:
+        if file.read(4) == b"PAR1":
+            return read_parquet(path)
     content = path.read_bytes()
     if content[:4] == b"\xd0\xcf\x11\xe0":  # Excel's formats before 2007, and all those with a password
         if "EncryptedPackage".encode("utf-16-le") in content:
             raise UserError("it is protected by a password; save it without one")
         raise UserError("it is an .xls file; save it as .xlsx")
-    if not content.startswith(b"PK\3\4"):
-        return read_csv(content), True
-    check_archive(content)
-    return pd.read_excel(io.BytesIO(content), header=None, engine="calamine"), False
+    text = not content.startswith(b"PK\3\4")
+    if text:
+        cells = read_csv(content)
+    else:
+        check_archive(content)
+        cells = pd.read_excel(io.BytesIO(content), header=None, engine="calamine")
+    if cells.empty:
+        return [], cells, text
+    header = header_row(cells.head(HEADER_WITHIN).to_numpy()) or 0
+    if header:
+        logger.info(f"the column names of {path} are in row {header + 1}, the rows above it are left out")
+    rows = cells.iloc[header + 1 :]
+    return (
+        ["" if pd.isna(name) else str(name).strip() for name in cells.iloc[header]],
+        rows.set_axis(rows.index - 1),
+        text,
+    )
+
+
+def read_parquet(path):
+    """The same of a Parquet file, whose cells have types."""
+    import pyarrow.parquet  # takes a fifth of a second and serves few
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        if size > MOST_SHEET_BYTES:
+            raise UserError(f"it unpacks to {size / 2**30:.1f} GiB, more than {MOST_SHEET_BYTES / 2**30:.0f}")
+        check_extent(file.metadata.num_rows, file.metadata.num_columns)
+        rows = file.read().to_pandas(ignore_metadata=True)
+    names = ["" if name.startswith("__index_level_") else name.strip() for name in rows]  # what pandas wrote beside
+    coded = {
+        name: cells.cat.categories.dtype for name, cells in rows.items() if isinstance(cells.dtype, pd.CategoricalDtype)
+    }
+    return names, rows.astype(coded), False
 
 
 def numbers_of_text(cells):
@@ -238,50 +266,79 @@ class PhotoFolder:
     """
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.listed = Path(folder), None
         if not self.folder.is_dir():
             raise UserError(f"no image folder at {folder}: pass --image_dir, or --data_dir with a folder that holds it")
         self.real = functools.cache(os.path.realpath)
-        self.listing = functools.cache(list_folder)
+
+    def names(self):
+        """Names of the folder's own files; what needs them all asks before find_all lists them once more."""
+        if self.listed is None:
+            self.listed = os.listdir(self.folder)
+        return self.listed
 
     def find(self, name):
         """Path of the photo that `name` names, and what is wrong with it ("" if nothing)."""
+        found = self.find_all(pd.Series([name], dtype=object)).iloc[0]
+        return Path(found["_path"]), found["_fault"]
+
+    def find_all(self, names):
+        """`_path` and `_fault` of the photos that a column of names names, "" where nothing is wrong.
+
+        A folder is listed once, if a name is not there as written, and no more of it kept than what fits such names.
+        """
+        found = pd.DataFrame(map(self.look_for, names), names.index, columns=["_path", "_fault"])
+        unlike = found["_fault"].isna()
+        if unlike.any():
+            fits = {}
+            for folder, name in map(os.path.split, found["_path"][unlike]):
+                fits.setdefault(folder, {})[fold(name)] = []
+            for folder, fitting in fits.items():
+                self.list_fitting(folder, fitting)
+            chosen = (self.choose(*os.path.split(path), fits) for path in found["_path"][unlike])
+            found[unlike] = pd.DataFrame(chosen, found.index[unlike], found.columns)
+        return found
+
+    def look_for(self, name):
+        """Path and fault of one name as it is written; None as the fault if the folder must be listed for it."""
         name = name.replace("\\", "/")
         parts = PurePosixPath(name).parts
         if not parts or "\0" in name:
-            return self.folder / "-", "no such file"
+            return str(self.folder / "-"), "no such file"
         if name.startswith("/") or PureWindowsPath(name).drive or ".." in parts:
-            return self.folder / parts[-1], "leads out of the image folder"
+            return str(self.folder / parts[-1]), "leads out of the image folder"
         path = self.folder / name
-        if not os.path.lexists(path):
-            fits = self.listing(path.parent).get(fold(path.name), [])
-            if len(fits) != 1:
-                return path, f"no such file, {len(fits)} with similar names" if fits else "no such file"
-            path = path.with_name(fits[0])
+        return self.check_place(path) if os.path.lexists(path) else (str(path), None)
+
+    def choose(self, folder, name, fits):
+        fits = sorted(fits[folder][fold(name)])
+        if len(fits) == 1:
+            return self.check_place(Path(folder, fits[0]))
+        return os.path.join(folder, name), f"no such file, {len(fits)} with similar names" if fits else "no such file"
+
+    def list_fitting(self, folder, fits):
+        """Add a folder's photos to the lists in `fits`, which are by folded name, with or without extension."""
+        try:
+            known = self.listed if folder == str(self.folder) else None
+            for name in (entry.name for entry in os.scandir(folder)) if known is None else known:
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in PHOTO_SUFFIXES:
+                    for folded in (fold(name), fold(stem)):
+                        if folded in fits:
+                            fits[folded].append(name)
+        except (OSError, ValueError):  # ValueError: of a name that no file can have
+            return
+
+    def check_place(self, path):
+        """Path and fault of a file that is there: it must not lie outside the folder."""
         top, real = self.real(self.folder), self.real(path.parent)
         real = os.path.realpath(path) if path.is_symlink() else os.path.join(real, path.name)
-        if not Path(real).is_relative_to(top):
-            return path, "leads out of the image folder"
-        return path, ""
+        outside = not Path(real).is_relative_to(top)
+        return str(path), "leads out of the image folder" if outside else ""
 
 
 def fold(name):
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def list_folder(folder):
-    """Names of a folder's photos by their folded name, and by it without the extension."""
-    names = {}
-    try:
-        found = sorted(entry.name for entry in os.scandir(folder))
-    except (OSError, ValueError):  # ValueError: of a name that no file can have
-        return names
-    for name in found:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in PHOTO_SUFFIXES:
-            names.setdefault(fold(name), []).append(name)
-            names.setdefault(fold(stem), []).append(name)
-    return names
 
 
 def read_photo_file(path):

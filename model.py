@@ -12,6 +12,7 @@ import torch.fx
 import torchvision
 from torch import nn
 
+from devices import ALONE
 from inputs import UserError, one_line
 from metadata import MetadataEncoder
 from outputs import whole_file
@@ -303,10 +304,10 @@ def cut(backbone, learning):
     return tuple(torch.fx.GraphModule(backbone, graph) for graph in graphs)
 
 
-def build_model(model_name, weights, learn_from, precision, device, image_size=None):
+def build_model(model_name, weights, learn_from, precision, device, image_size=None, group=ALONE):
     """A BiomassModel with the backbone weights that `--weights` names; the rest is drawn from torch's seed."""
     model = BiomassModel(model_name, learn_from, precision, image_size)
-    state = load_weights(model_name, weights) if model_name else None
+    state = group.first(load_weights, model_name, weights) if model_name else None
     if state is not None:
         wanted = model.backbone.state_dict()
         fits = [name for name in wanted if name in state and state[name].shape == wanted[name].shape]

@@ -19,21 +19,23 @@ if __name__ == "__main__":  # while the libraries load; main() takes over
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("predict.py: interrupted\n"), os._exit(130)))
 
 import argparse
+import functools
 import logging
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import calibration
+from devices import pick_device, together
 from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
+from loaders import EXTRACTION_BATCH, bar, in_threads
 from metadata import MetadataEncoder
 from model import from_checkpoint, load_plain
 from outputs import Parser, alone, check_writable, harmless, logging_to_console, whole_file
 from report import new_figure, plain, save_photos, scores
-from train_model import EXTRACTION_BATCH, between, in_threads, memory_is_full, pick_device, transforms
+from train_model import between, memory_is_full, transforms
 
 UNLIKE = "unlike training photos"
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
@@ -47,8 +49,8 @@ logger = logging.getLogger("train_model")
 class Scale:
     """A checkpoint, ready to weigh photos. Raises UserError for a file that is none."""
 
-    def __init__(self, path, device, precision):
-        checkpoint = load_checkpoint(path)
+    def __init__(self, path, device, precision, group):
+        checkpoint = group.first(load_checkpoint, path)
         try:
             if precision != "auto":
                 checkpoint["settings"]["precision"] = precision
@@ -106,21 +108,31 @@ def find_photos(paths, recursive):
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(path.rglob("*") if recursive else path.iterdir())
-            photos = [photo for photo in inside if photo.suffix.lower() in PHOTO_SUFFIXES and photo.is_file()]
+            photos = sorted(photos_in(path, recursive))
             if not photos:
                 raise UserError(
                     f"no photo in {path} ({', '.join(PHOTO_SUFFIXES)}){'' if recursive else ': --recursive?'}"
                 )
-            found += [(photo.relative_to(path).as_posix(), photo) for photo in photos]
+            found += [(os.path.relpath(photo, path), photo) for photo in photos]
         elif path.exists():
-            found.append((path.name, path))
+            found.append((path.name, str(path)))
         else:
             raise UserError(f"no photo and no folder at {path}")
-    table = pd.DataFrame(found, columns=["filename", "_path"])
+    table = pd.DataFrame(found, columns=["filename", "_path"], dtype=object)
     if table["filename"].duplicated().any():  # of several folders
-        table["filename"] = [path.as_posix() for path in table["_path"]]
+        table["filename"] = table["_path"]
+    table["filename"] = table["filename"].str.replace(os.sep, "/", regex=False)
     return table.assign(measured=np.nan, fault="")
+
+
+def photos_in(folder, recursive):
+    """Paths of the photos in a folder, with `recursive` also in the folders below it."""
+    for parent, folders, names in os.walk(folder):
+        for name in names:
+            if name.lower().endswith(PHOTO_SUFFIXES) and os.path.isfile(os.path.join(parent, name)):
+                yield os.path.join(parent, name)
+        if not recursive:
+            folders.clear()
 
 
 def rows_of_sheet(labels_path, image_dir, scale):
@@ -134,7 +146,7 @@ def rows_of_sheet(labels_path, image_dir, scale):
     if sheet.empty:
         raise UserError(f"no row of {labels_path} has a file name")
     sheet["measured"] = to_numbers(sheet[scale.target]) if scale.target in sheet else np.nan
-    found = pd.DataFrame(map(folder.find, sheet["filename"]), columns=["_path", "fault"])
+    found = folder.find_all(sheet["filename"]).rename(columns={"_fault": "fault"})
     return sheet.drop(columns="fault", errors="ignore").join(found)
 
 
@@ -150,8 +162,17 @@ def read_photo(path, fault, size):
     return np.zeros((size, size, 3), np.uint8), fault
 
 
-def weigh_photos(scale, table):
-    """`table` with `predicted`, `unlike` and `fault`; photos are read while others are weighed."""
+def weigh_photos(scale, table, group):
+    """`table` with `predicted`, `unlike` and `fault`; each process weighs its share of the photos."""
+    own = table.iloc[group.share(len(table), EXTRACTION_BATCH[scale.device.type])]
+    weighed = pd.concat(group.gather(weigh_share(scale, own, group)))
+    bad = weighed["fault"] != ""
+    weighed = weighed.assign(predicted=weighed["predicted"].mask(bad), unlike=weighed["unlike"] & ~bad)
+    return table.assign(**weighed)
+
+
+def weigh_share(scale, table, group):
+    """`predicted`, `unlike` and `fault` of each photo; photos are read while others are weighed."""
     metadata = torch.from_numpy(scale.encoder.encode(table))
     size, batch = scale.image_size or 8, EXTRACTION_BATCH[scale.device.type]
     starts = range(0, len(table), batch)
@@ -177,17 +198,15 @@ def weigh_photos(scale, table):
         read_ahead = enumerate(in_threads(read, len(starts), threads))
         done = ((*weigh(number, images), faults) for number, (images, faults) in read_ahead)
     try:
-        with tqdm(total=len(table), unit="photo", disable=None) as bar:
-            parts = []
+        with bar(group, len(table), unit="photo", desc="photos") as shown:
+            parts = [(np.empty(0), np.empty(0, bool), [])]
             for part in done:
                 parts.append(part)
-                bar.update(len(part[0]))
+                shown.update(len(part[0]))
     finally:
         torch.set_num_threads(threads)
     predicted, unlike, faults = (np.concatenate(column) for column in zip(*parts, strict=True))
-    table = table.assign(predicted=predicted, unlike=unlike, fault=faults)
-    bad = table["fault"] != ""
-    return table.assign(predicted=table["predicted"].mask(bad), unlike=table["unlike"] & ~bad)
+    return pd.DataFrame({"predicted": predicted, "unlike": unlike, "fault": faults.astype(object)}, index=table.index)
 
 
 def add_interval(table, scale, coverage):
@@ -350,58 +369,73 @@ def build_parser():
     return parser
 
 
-def predict(args):
-    """The whole run, once the flags have proved sound; returns how many photos could not be read."""
+def check_arguments(args):
+    """`args`, once they have proved sound."""
     if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
         raise UserError("pass either photos and folders, or --labels_path with a sheet")
     if args.sheet and args.sheet.suffix.lower() != ".png":
         raise UserError(f"--sheet {args.sheet} must end in .png")
     if args.image_dir and not args.labels_path:
         raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
-    outputs = [path for path in (args.out, args.sheet, args.export) if path]
     inputs = [args.model, *args.photos, *([args.labels_path] if args.labels_path else [])]
-    check_writable(outputs, inputs, [folder for folder in (*args.photos, image_dir_of(args)) if folder])
-    with alone(outputs):
-        return weigh_and_write(args)
+    check_writable(outputs_of(args), inputs, [folder for folder in (*args.photos, image_dir_of(args)) if folder])
+    return args
+
+
+def outputs_of(args):
+    return [path for path in (args.out, args.sheet, args.export) if path]
 
 
 def image_dir_of(args):
     return args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
 
 
-def weigh_and_write(args):
+def photos_of(args, scale):
+    """A table of the photos that are to be weighed."""
+    if args.labels_path:
+        return rows_of_sheet(args.labels_path, image_dir_of(args), scale)
+    columns = [step["column"] for step in scale.encoder.plan]
+    if columns:
+        raise UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
+    return find_photos(args.photos, args.recursive)
+
+
+def weigh_and_write(args, group):
     """Weigh all photos and write what was asked for; returns how many could not be read."""
-    scale = Scale(args.model, pick_device(args.device), args.precision)
+    scale = Scale(args.model, pick_device(args.device, group), args.precision, group)
     unreadable = 0
     if args.photos or args.labels_path:
-        if args.labels_path:
-            table = rows_of_sheet(args.labels_path, image_dir_of(args), scale)
-        else:
-            columns = [step["column"] for step in scale.encoder.plan]
-            if columns:
-                raise UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
-            table = find_photos(args.photos, args.recursive)
-        table = add_interval(weigh_photos(scale, table), scale, args.coverage)
+        table = weigh_photos(scale, group.first(photos_of, args, scale), group)
+        if group.rank:
+            return 0
+        table = add_interval(table, scale, args.coverage)
         log_summary(table, scale, args.coverage)
         write_table(table, scale, args.out)
         if args.sheet:
             draw_sheet(table, scale, args.sheet)
         unreadable = int((table["fault"] != "").sum())
-    if args.export:
+    if args.export and not group.rank:
         export(scale, args.export)
     return unreadable
 
 
-def main(argv=None):
+def run(argv, group):
+    """The script as one process of `group`; returns the exit status."""
     parser = build_parser()
     until_now = signal.getsignal(signal.SIGINT)
     with logging_to_console():
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            return 1 if predict(parser.parse_args(argv)) else 0
+            if not group.rank:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            args = group.first(lambda: check_arguments(parser.parse_args(argv)))
+            with alone([] if group.rank else outputs_of(args)):
+                return 1 if weigh_and_write(args, group) else 0
         except UserError as error:
+            if group.rank:
+                group.make_way()
             parser.error(str(error))
         except (MemoryError, RuntimeError) as error:
+            group.make_way()
             if not memory_is_full(error):
                 raise
             parser.error("the memory is full: weigh fewer photos at once, or close other programs")
@@ -411,6 +445,10 @@ def main(argv=None):
             parser.exit(130, "predict.py: interrupted\n")
         finally:
             signal.signal(signal.SIGINT, until_now)
+
+
+def main(argv=None):
+    return together(functools.partial(run, argv))
 
 
 if __name__ == "__main__":

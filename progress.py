@@ -22,6 +22,7 @@ class Progress:
     def __init__(self, path, settings, resume=False):
         self.path, self.settings, self.written = path, settings, 0.0
         self.results, self.states, self.found = {}, {}, False
+        self.kept = True  # written to the file, by one process of a run
         if resume and path.is_file():
             self.read()
         elif resume:
@@ -58,7 +59,10 @@ class Progress:
         self.write()
 
     def write(self):
-        save_plain({"settings": self.settings, "results": self.results, "states": self.states}, self.path, told=False)
+        if self.kept:
+            save_plain(
+                {"settings": self.settings, "results": self.results, "states": self.states}, self.path, told=False
+            )
         self.written = time.monotonic()
 
     def remove(self):

@@ -35,7 +35,8 @@ def log_run(run, args):
     tree = {True: "clean", False: "with changes not committed", None: "unknown"}[run["clean_tree"]]
     logger.info(f"commit {run['commit']}, tree {tree}")
     logger.info(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
-    logger.info(f"device {run['device']} ({run['processor']}), precision {run['precision']}")
+    processes = f", {run['processes']} processes" if run["processes"] > 1 else ""
+    logger.info(f"device {run['device']} ({run['processor']}), precision {run['precision']}{processes}")
 
 
 def log_result(metrics, args):
@@ -102,11 +103,11 @@ def summarize(predictions, chosen, splits, labels, args):
     return metrics
 
 
-def describe_run(argv, args, device, precision, labels):
+def describe_run(argv, args, device, precision, labels, group):
     """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
     rows = labels[["filename", "_content", args.target, *args.group_by, *args.metadata_columns]].to_csv(index=False)
     return {
-        "command": f"python train_model.py {shlex.join(argv)}".rstrip(),
+        "command": f"{'python' if group.size == 1 else 'torchrun ...'} train_model.py {shlex.join(argv)}".rstrip(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **git_state(),
         "versions": {
@@ -115,9 +116,10 @@ def describe_run(argv, args, device, precision, labels):
             "scikit-learn": importlib.metadata.version("scikit-learn"),
             "pillow": pillow_version,
         },
-        "device": str(device),
+        "device": device.type,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "precision": precision,
+        "processes": group.size,
         "data_fingerprint": digest(rows),
     }
 

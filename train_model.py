@@ -23,28 +23,23 @@ if __name__ == "__main__":  # while the libraries load; main() takes over
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("train_model.py: interrupted\n"), os._exit(130)))
 
 import argparse
-import collections
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torchvision
-from PIL import __version__ as pillow_version
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import functional as transforms
-from tqdm import tqdm
 
 from calibration import calibrate, describe_features, distances, limit_of
-from feature_store import FeatureStore, digest
+from devices import ALONE, cores, pick_device, pick_precision, together
+from feature_store import KEY_LENGTH, digest
 from inputs import (
     PhotoFolder,
     UserError,
@@ -57,6 +52,7 @@ from inputs import (
     read_sheet,
     to_numbers,
 )
+from loaders import PLAIN, bar, in_threads, make_loader, shuffled
 from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks
 from model import BACKBONES, LARGEST, TRANSFORMS, build_model, save_plain
 from outputs import Parser, alone, check_writable, logging_to_console, open_log
@@ -68,9 +64,7 @@ RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names 
 PLACES = {"data_dir", "labels_path", "image_dir", "results_dir", "metrics_path", "curves_path", "model_out", "log_path"}
 PLACES |= {"cache_dir", "no_cache", "num_workers", "resume", "device", "precision"}  # none changes the result
 SAVE_EVERY = 30  # seconds between two checkpoints of a running training
-PREPROCESSING = 1  # raise it when open_photo, augment or normalize change: features kept before are then not found
-MOST_STORED = 4 * 2**30  # bytes of stored features; they are held in memory
-EXTRACTION_BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos a forward pass; larger gains nothing, costs memory
+CHECKED_AT_ONCE = 64  # photos a thread looks at
 
 logger = logging.getLogger("train_model")
 
@@ -169,30 +163,37 @@ def number_plants(columns):
     return plants.mask(unknown, plants.max() + 1)
 
 
-def filter_missing_images(labels, image_dir, target):
+def filter_missing_images(labels, image_dir, target, group=ALONE):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    folder = PhotoFolder(image_dir)
-
-    def look_at(name):
-        path, fault = folder.find(name)
-        content, fault = (b"", fault) if fault else check_photo(path)
-        return str(path), digest(content), fault
-
-    with ThreadPoolExecutor() as pool:
-        looks = pool.map(look_at, labels["filename"])
-        try:
-            import sklearn.model_selection  # noqa: F401  takes as long as the photos, so both at once
-
-            looks = pd.DataFrame(looks, index=labels.index, columns=["_path", "_content", "_fault"])
-        except BaseException:  # Ctrl-C, which would wait for all photos else
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    labels, faults = labels.join(looks[["_path", "_content"]]), looks["_fault"]
-    labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
+    found = group.first(lambda: PhotoFolder(image_dir).find_all(labels["filename"]))
+    own = group.share(len(found))
+    looks = pd.concat(group.gather(look_at_photos(found.iloc[own], group)))
+    labels = labels.join(looks[["_path", "_content"]])
+    labels = drop_rows(labels, looks["_fault"] != "", "whose photo is missing or unreadable", reasons=looks["_fault"])
     labels = drop_repeated(labels, "_path", target)  # one photo by several spellings of its name
     if labels.empty:
         raise UserError(f"no photo of the sheet can be read in {image_dir}: pass --image_dir with the photos' folder")
     return labels.reset_index(drop=True)
+
+
+def look_at_photos(found, group):
+    """`found`, photos with `_path` and `_fault`, with their `_content` and with the faults of their files."""
+
+    def look_at(number):
+        part = found.iloc[number * CHECKED_AT_ONCE : (number + 1) * CHECKED_AT_ONCE]
+        looks = [
+            (b"", fault) if fault else check_photo(path)
+            for path, fault in zip(part["_path"], part["_fault"], strict=True)
+        ]
+        contents, faults = [digest(content) for content, _ in looks], [fault for _, fault in looks]
+        return part.assign(_content=pd.array(contents, "str"), _fault=pd.array(faults, "str"))
+
+    count, parts = -(-len(found) // CHECKED_AT_ONCE), [found.assign(_content="").head(0)]
+    with bar(group, len(found), unit="photo", desc="looking at photos") as shown:
+        for part in in_threads(look_at, count, min(cores() + 4, 32)):
+            parts.append(part)
+            shown.update(len(part))
+    return pd.concat(parts)
 
 
 def split_by_plant(labels, val_split, seed):
@@ -254,15 +255,15 @@ class BiomassDataset(Dataset):
     """Photos and their targets, each photo opened when it is asked for.
 
     `dataset[row]` is the photo as validation sees it, `dataset[row, view]` its augmented version number `view`: uint8
-    (3, image_size, image_size), and the target as float. A version depends on the seed, the photo's content and its
-    number alone. `metadata` (len, m) are numbers that go with the photos, by default none.
+    (3, image_size, image_size), and the target as float. Version PLAIN is not augmented. A version depends on the seed,
+    the photo's content and its number alone. `metadata` (len, m) are numbers that go with the photos, by default none.
     """
 
     augmentation = f"flip {FLIP} degrees {DEGREES} jitter {BRIGHTNESS} {CONTRAST} {SATURATION}"
 
     def __init__(self, labels, target, seed, image_size=224):
-        self.paths = labels["_path"].tolist()
-        self.contents = labels["_content"].tolist()
+        self.paths = labels["_path"].array
+        self.contents = labels["_content"].to_numpy(f"S{KEY_LENGTH}")
         self.targets = torch.tensor(labels[target].to_numpy(np.float32))
         self.metadata = torch.zeros(len(labels), 0)
         self.seed, self.image_size = seed, image_size
@@ -271,11 +272,11 @@ class BiomassDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, item):
-        row, view = item if isinstance(item, tuple) else (item, None)
+        row, view = item if isinstance(item, tuple) else (item, PLAIN)
         return torch.from_numpy(self.views(row, [view])[0]).permute(2, 0, 1), self.targets[row]
 
     def views(self, row, views):
-        """Versions of one photo, None for the plain one: uint8 (len(views), size, size, 3). Decodes the photo once."""
+        """Versions of one photo: uint8 (len(views), size, size, 3). Decodes the photo once."""
         try:
             content = read_photo_file(self.paths[row])
             photo = open_photo(content)
@@ -283,10 +284,10 @@ class BiomassDataset(Dataset):
             raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
             raise UserError(f"{self.paths[row]}: {fault_of(error)}; replace it or remove its row") from None
-        if digest(content) != self.contents[row]:
+        if digest(content).encode() != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         photo = transforms.resize(photo, [self.image_size, self.image_size])
-        return np.stack([np.asarray(photo if view is None else self.augment(photo, row, view)) for view in views])
+        return np.stack([np.asarray(photo if view == PLAIN else self.augment(photo, row, view)) for view in views])
 
     def augment(self, photo, row, view):
         # Not torchvision's random transforms: they draw from one global generator, in the order in which workers run.
@@ -306,230 +307,8 @@ class BiomassDataset(Dataset):
 
     def key(self, row, view):
         """Name of one version of a photo in the feature store."""
-        version = "plain" if view is None else f"view {view} seed {self.seed} {self.augmentation}"
+        version = "plain" if view == PLAIN else f"view {view} seed {self.seed} {self.augmentation}"
         return digest(self.contents[row], version)
-
-
-class PhotoBatches(Dataset):
-    """Photos a batch at a time: item b holds images uint8 (n, 3, size, size), metadata and targets of batches[b].
-
-    A batch is a list of (row, view) pairs; pairs of the same row that follow one another cost one decoding.
-    """
-
-    def __init__(self, photos, pairs, batch_size):
-        self.photos = photos
-        self.batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, number):
-        batch = self.batches[number]
-        images = [
-            self.photos.views(row, [view for _, view in pairs])
-            for row, pairs in itertools.groupby(batch, key=lambda pair: pair[0])
-        ]
-        # Bytes of a photo lie pixel by pixel, so this is channels_last without moving them.
-        images = torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2)
-        rows = [row for row, _ in batch]
-        return images, self.photos.metadata[rows], self.photos.targets[rows]
-
-
-def in_threads(function, count, threads):
-    """Yield function(0), function(1), ... in order, a few of them computed ahead in threads."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        try:
-            for number in range(count):
-                waiting.append(pool.submit(function, number))
-                if len(waiting) > threads + 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for result in waiting:
-                result.cancel()
-
-
-def read_ahead(batches, num_workers):
-    """Iterate over PhotoBatches while the next ones are decoded: in threads, or in worker processes where asked."""
-    if num_workers:
-        own = torch.Generator()  # else workers' seeds are drawn from the generator that dropout draws from
-        return DataLoader(batches, batch_size=None, num_workers=num_workers, generator=own)
-    return in_threads(batches.__getitem__, len(batches), min(os.cpu_count() or 1, 16))
-
-
-# ---------------------------------------------------------------- device
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try --device cpu"
-        ) from error
-    return torch.device(name)
-
-
-def pick_precision(name, device):
-    """bf16 where the processor computes in it natively, else fp32, unless `name` says which."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    native = {"avx512_bf16", "amx_bf16", "bf16"}
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have the private check alone
-    native = any(capabilities.get(name) for name in native) or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return "bf16" if device.type == "cpu" and native else "fp32"
-
-
-# ---------------------------------------------------------------- batches for the loop
-
-
-class ImageLoader:
-    """Batches of images, for a backbone that learns: fresh augmentation in every epoch."""
-
-    def __init__(self, model, photos, args):
-        self.model, self.photos, self.args = model, photos, args
-
-    def train(self, rows, epoch):
-        view = None if self.args.no_augmentation else epoch - 1
-        return self.batches([(row, view) for row in shuffled(rows, self.args.seed, epoch)])
-
-    def validation(self, rows):
-        return self.batches([(row, None) for row in rows])
-
-    def batches(self, pairs):
-        batches = PhotoBatches(self.photos, pairs, self.args.batch_size)
-        return tqdm(read_ahead(batches, self.args.num_workers), total=len(batches), disable=None, leave=False)
-
-
-def extract_features(model, part, photos, pairs, num_workers=0):
-    """Yield what a frozen part of the backbone says of (row, view) pairs, float32 (n, ...) a batch."""
-    extractor, device = model.extractor(part), next(model.parameters()).device
-    batches = PhotoBatches(photos, pairs, EXTRACTION_BATCH[device.type])
-
-    @torch.inference_mode()
-    def features(images):
-        return extractor(images.to(device)).cpu().numpy()
-
-    threads = torch.get_num_threads()
-    if device.type == "cpu" and not num_workers:
-        # A whole batch for each core, from file to features: cores that share a batch wait for one another whenever
-        # one of them is called away to decode, which costs a sixth of the speed.
-        torch.set_num_threads(1)
-        computed = in_threads(lambda number: features(batches[number][0]), len(batches), threads)
-    else:
-        computed = (features(images) for images, *_ in read_ahead(batches, num_workers))
-    try:
-        with tqdm(total=len(pairs), unit="photo", desc="features", disable=None) as bar:
-            for batch in computed:
-                yield batch
-                bar.update(len(batch))
-    finally:
-        torch.set_num_threads(threads)
-
-
-class FeatureLoader:
-    """Batches of features: what the frozen `part` of the backbone says of each photo, computed once and kept.
-
-    Epoch e trains on version (e - 1) mod `--augment_views` of each photo; with `--augment_views 0` each epoch has a
-    version of its own, which is not kept; with `--no_augmentation` all train on the plain photos. `part` None stands
-    for no photos at all: batches of metadata alone.
-    """
-
-    def __init__(self, model, part, photos, splits, args):
-        self.model, self.part, self.photos, self.args = model, part, photos, args
-        self.views = list(range(min(args.augment_views, args.epochs)))
-        if not part or args.no_augmentation:
-            self.views = [None]
-        if not part:
-            self.stored, self.place = torch.zeros(len(photos), 0), {None: np.arange(len(photos))}
-            return
-        self.recipe = self.describe()
-        trained, validated = (set().union(*side) for side in zip(*splits, strict=True))
-        trained |= set(range(len(photos))) if args.folds else set()  # for the model that learns from all rows
-        wanted = dict.fromkeys([None, *self.views], trained)
-        wanted[None] = validated | trained if None in self.views else validated
-        pairs = [(row, view) for row in range(len(photos)) for view, rows in wanted.items() if row in rows]
-        self.stored = self.features(pairs, None if args.no_cache else args.cache_dir)
-        self.place = {view: np.full(len(photos), -1) for view in wanted}  # of a photo's version in `stored`
-        for number, (row, view) in enumerate(pairs):
-            self.place[view][row] = number
-
-    def describe(self):
-        """All that features depend on beside the photo and its version."""
-        model, state = self.model, self.part.state_dict()
-        return {
-            "backbone": f"{model.model_name} before {model.learn_from}" if model.learn_from else model.model_name,
-            "weights": digest(*(tensor.cpu().numpy().tobytes() for tensor in state.values())),
-            "preprocessing": f"{PREPROCESSING}: resize {model.image_size} mean {model.mean} std {model.std}",
-            "precision": f"{model.precision} on {next(model.parameters()).device.type}",
-            "versions": f"torchvision {torchvision.__version__} pillow {pillow_version} numpy {np.__version__}",
-        }
-
-    def features(self, pairs, cache_dir):
-        """Features (len(pairs), ...) of (row, view) pairs, from the store where it has them."""
-        # float16 holds what bf16 computes; features of fp32 stay as they are, so that they equal the whole model's
-        dtype = np.float16 if self.model.precision == "bf16" else np.float32
-        keys = [self.photos.key(row, view) for row, view in pairs]
-        try:
-            store = FeatureStore(cache_dir, self.recipe, stored_shape(self.model, self.part), dtype)
-            return torch.from_numpy(store.features(keys, lambda missing: self.extract([pairs[n] for n in missing])))
-        except OverflowError as error:
-            raise UserError("the backbone's features do not fit float16: pass --precision fp32") from error
-        except OSError as error:
-            raise UserError(f"cannot keep features in {cache_dir} ({error}): pass another --cache_dir") from error
-
-    def extract(self, pairs):
-        return extract_features(self.model, self.part, self.photos, pairs, self.args.num_workers)
-
-    def train(self, rows, epoch):
-        rows = shuffled(rows, self.args.seed, epoch)
-        if self.views:
-            view = self.views[(epoch - 1) % len(self.views)]
-            return self.batches(self.stored, self.place[view][rows], rows)
-        fresh = self.features([(row, epoch - 1) for row in rows], None)
-        return self.batches(fresh, np.arange(len(rows)), rows)
-
-    def validation(self, rows):
-        return self.batches(self.stored, self.place[None][rows], rows)
-
-    def batches(self, features, places, rows):
-        """Yield (features, metadata, targets) of `rows`, whose features lie at `places`."""
-        for start in range(0, len(rows), self.args.batch_size):
-            chosen = rows[start : start + self.args.batch_size]
-            place = torch.from_numpy(places[start : start + self.args.batch_size])
-            yield features[place], self.photos.metadata[chosen], self.photos.targets[chosen]
-
-
-@torch.inference_mode()
-def stored_shape(model, part):
-    """Shape of what a frozen part of the backbone says of one photo."""
-    image = torch.zeros(1, 3, model.image_size, model.image_size, device=next(model.parameters()).device)
-    return tuple(part.eval()(image).shape[1:])
-
-
-def shuffled(rows, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
-def make_loader(model, photos, splits, args):
-    """Features where a part of the backbone is frozen that all the rest follows, else images."""
-    if args.metadata_only:
-        return FeatureLoader(model, None, photos, splits, args)
-    part = model.split()
-    if part is None:
-        return ImageLoader(model, photos, args)
-    versions = len(photos) * (1 if args.no_augmentation else 1 + min(args.augment_views, args.epochs))
-    size = versions * math.prod(stored_shape(model, part)) * (2 if model.precision == "bf16" else 4)
-    if size > MOST_STORED:
-        logger.info(f"what is said before {model.learn_from} would take {size / 2**30:.1f} GiB: it is not stored")
-        return ImageLoader(model, photos, args)
-    return FeatureLoader(model, part, photos, splits, args)
 
 
 # ---------------------------------------------------------------- loop
@@ -553,38 +332,41 @@ def loss_function(args, target, targets):
     return functools.partial(nn.functional.huber_loss, delta=threshold)
 
 
-def train_one_epoch(model, batches, optimizer, loss_of, device):
+def train_one_epoch(model, batches, optimizer, loss_of, device, group=ALONE, parallel=None):
     """One pass over `batches` with a step of `optimizer` each; returns the mean squared error over the rows.
 
-    The loss is that of the transformed target; the returned error is in the unit of the target itself.
+    The loss is that of the transformed target; the returned error is in the unit of the target itself. Each process
+    of `group` has a part of each batch, and calls `parallel` in place of `model`.
     """
     model.train()
+    parallel = parallel or model
     squares, rows = 0.0, 0
     for number, (inputs, metadata, targets) in enumerate(batches, start=1):
         targets = targets.to(device)
-        outputs = model(inputs.to(device), metadata.to(device))
-        loss = loss_of(outputs, model.target.apply_to(targets))
+        outputs = parallel(inputs.to(device), metadata.to(device))
+        loss = loss_of(outputs, model.target.apply_to(targets)) if len(targets) else outputs.sum()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is not finite at batch {number}")
-        loss.backward()
+        # Gradients are averaged over the processes: this makes them those of the mean over all rows of the batch.
+        (loss * (len(targets) * group.size / group.total(len(targets)))).backward()
         optimizer.step()
         optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
         squares += (model.target.undo(outputs.detach()) - targets).square().sum().item()
         rows += len(targets)
         if not math.isfinite(squares):
             raise FloatingPointError(f"the squared error is not finite at batch {number}")
-    return squares / rows
+    return group.total(squares) / group.total(rows)
 
 
 @torch.inference_mode()
-def evaluate(model, batches, device):
+def evaluate(model, batches, device, group=ALONE):
     """Mean squared error over the rows of `batches`, and the predictions (n,) in their order; in the target's unit."""
     model.eval()
     outputs, targets = [], []
     for inputs, metadata, measured in batches:
         outputs.append(model.target.undo(model(inputs.to(device), metadata.to(device))).cpu())
         targets.append(measured)
-    predictions, targets = torch.cat(outputs).double(), torch.cat(targets).double()
+    predictions, targets = group.interleave(outputs).double(), group.interleave(targets).double()
     return nn.functional.mse_loss(predictions, targets).item(), predictions.numpy()
 
 
@@ -592,26 +374,27 @@ class BestEpoch:
     """What a model had learned in the epoch that was marked last; as a context it leaves the model with that.
 
     With a function save(epoch) it is saved as training ends, however it ends, and before that at most every SAVE_EVERY
-    seconds: an epoch on stored features takes less time than writing a checkpoint.
+    seconds: an epoch on stored features takes less time than writing a checkpoint. All processes of `group` save
+    together, as describing the features takes all; after an error nobody knows whether the others would come.
     """
 
-    def __init__(self, model, save=None):
-        self.model, self.save = model, save
+    def __init__(self, loader, save=None):
+        self.model, self.group, self.save = loader.model, loader.group, save
         self.epoch, self.state, self.unsaved, self.saved = 0, None, False, time.monotonic()
 
     def mark(self, epoch):
         self.epoch, self.state, self.unsaved = epoch, self.model.learned_state(), True
-        if self.save and time.monotonic() - self.saved > SAVE_EVERY:
+        if self.save and self.group.first(lambda: time.monotonic() - self.saved > SAVE_EVERY):
             self.save(epoch)
             self.unsaved, self.saved = False, time.monotonic()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, error, *_):
         if self.state:
             self.model.load_state_dict(self.state, strict=False)
-            if self.save and self.unsaved:
+            if self.save and self.unsaved and not (error and self.group.size > 1):
                 self.save(self.epoch)
 
 
@@ -642,6 +425,7 @@ class Training:
         self.progress, self.label, self.keep = progress, label, keep
         torch.manual_seed(args.seed)
         self.optimizer, self.schedule = make_optimizer(self.model, args)
+        self.parallel = loader.group.parallel(self.model)
         self.loss_of = loss_function(args, self.model.target, loader.photos.targets[train_rows].to(device))
         self.history, self.best, self.predictions = [], None, None
         if label in progress.states:
@@ -667,17 +451,17 @@ class Training:
 
     def fit_epoch(self, epoch):
         args, model, device, unit = self.args, self.model, self.device, unit_of(self.args.target)
-        batches = self.loader.train(self.train_rows, epoch)
-        loss = train_one_epoch(model, batches, self.optimizer, self.loss_of, device)
+        group, batches = self.loader.group, self.loader.train(self.train_rows, epoch)
+        loss = train_one_epoch(model, batches, self.optimizer, self.loss_of, device, group, self.parallel)
         self.schedule.step()
         if model.target.curved:
-            _, predictions = evaluate(model, self.loader.train(self.train_rows, epoch), device)
+            _, predictions = evaluate(model, self.loader.train(self.train_rows, epoch), device, group)
             measured = self.loader.photos.targets[shuffled(self.train_rows, args.seed, epoch)]
             model.target.balance(predictions, measured.numpy())
         row, improved = {"epoch": epoch, "train_loss": loss}, epoch == args.epochs
         text = f"{self.label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
         if len(self.val_rows):
-            row["val_loss"], predictions = evaluate(model, self.loader.validation(self.val_rows), device)
+            row["val_loss"], predictions = evaluate(model, self.loader.validation(self.val_rows), device, group)
             if not math.isfinite(row["val_loss"]):
                 raise FloatingPointError("the validation loss is not finite")
             row["val_rmse"] = math.sqrt(row["val_loss"])
@@ -754,8 +538,8 @@ def start_over(loader, labels, train_rows, args, device, backbone_state):
     if model.head.standardize:
         model.eval()
         with torch.inference_mode():
-            batches = loader.train(train_rows, 1)
-            model.head.standardize.fit(torch.cat([model.features(inputs.to(device)) for inputs, *_ in batches]))
+            features = [model.features(inputs.to(device)).cpu() for inputs, *_ in loader.train(train_rows, 1)]
+            model.head.standardize.fit(loader.group.interleave(features))
 
 
 def keep_aside(labels, rows, args):
@@ -804,12 +588,12 @@ def judge(loader, labels, splits, args, device, progress, save):
 def judge_split(loader, split, args, device, progress, start_anew, save):
     """Train on the one split; returns the Training and whether it was interrupted, after one epoch or more."""
     start_anew(split[0])
-    with BestEpoch(loader.model, save) as keep:
+    with BestEpoch(loader, save) as keep:
         training = Training(loader, *split, args, device, progress, keep=keep)
         try:
             return training.fit(), False
         except KeyboardInterrupt:
-            if not training.best:
+            if not training.best or loader.group.size > 1:
                 raise
             logger.info(f"interrupted after epoch {len(training.history)}: what follows is of the best one so far")
             return training, True
@@ -820,12 +604,12 @@ def judge_fold(loader, labels, split, args, device, progress, label, start_anew)
     train_rows, val_rows = split
     learn, watch = keep_aside(labels, train_rows, args) if args.patience else split
     start_anew(learn)
-    keeping = BestEpoch(loader.model) if args.patience else contextlib.nullcontext()
+    keeping = BestEpoch(loader) if args.patience else contextlib.nullcontext()
     with keeping as keep:
         training = Training(loader, learn, watch, args, device, progress, label, keep).fit()
     predictions = training.predictions
     if args.patience:
-        _, predictions = evaluate(loader.model, loader.validation(val_rows), device)
+        _, predictions = evaluate(loader.model, loader.validation(val_rows), device, loader.group)
     result = {"history": training.history, "predictions": torch.from_numpy(predictions), "distances": None}
     if loader.model.backbone:
         familiar = familiar_features(loader, learn, device)
@@ -848,7 +632,7 @@ def fit_all(loader, labels, predictions, results, args, device, progress, start_
             familiar = familiar_features(loader, learn, device) | limit_of(held_out)
         save(epoch, calibration, familiar)
 
-    with BestEpoch(loader.model, save_all) as keep:
+    with BestEpoch(loader, save_all) as keep:
         return Training(loader, learn, watch, args, device, progress, "final model  ", keep).fit()
 
 
@@ -865,7 +649,7 @@ def features_of(loader, rows, device):
     """Features float64 (len(rows), width) of the plain photos, by the model as it is now."""
     loader.model.eval()
     features = [loader.model.features(inputs.to(device)).cpu() for inputs, *_ in loader.validation(rows)]
-    return torch.cat(features).double().numpy()
+    return loader.group.interleave(features).double().numpy()
 
 
 def familiar_features(loader, rows, device):
@@ -1007,7 +791,7 @@ def build_parser():
 
 
 def complete_arguments(args):
-    """Fill in the paths that hang on others, and find out before the work what would stop the run after it."""
+    """`args` with the paths that hang on others; finds out before the work what would stop the run after it."""
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
         raise UserError(
             f"no data folder at {args.data_dir}: pass --data_dir with yours, or draw one by "
@@ -1034,6 +818,7 @@ def complete_arguments(args):
     outputs += [args.results_dir / name for name in RESULT_FILES]
     inputs = [args.labels_path, *([args.weights] if args.weights not in ("imagenet", "none") else [])]
     check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"], inputs, [args.image_dir])
+    return args
 
 
 def progress_path(args):
@@ -1056,29 +841,35 @@ def memory_is_full(error):
     return isinstance(error, MemoryError) or any(text in str(error) for text in told)
 
 
-def train(argv, args, lines):
-    """The whole run, from the sheet to the report; returns whether it was interrupted."""
+def train(argv, lines, parser, group):
+    """The whole run, from the flags to the report; returns whether it was interrupted."""
     started = time.perf_counter()
-    complete_arguments(args)
+    args = group.first(lambda: complete_arguments(parser.parse_args(argv)))
     places = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
-    with alone([args.results_dir / "predictions.csv", *places]):
-        device = pick_device(args.device)
-        precision = pick_precision(args.precision, device)
-        labels = load_labels(args)
-        labels = filter_missing_images(labels, args.image_dir, args.target)
-        splits = make_splits(labels, args)
+    with alone([] if group.rank else [args.results_dir / "predictions.csv", *places]):
+        device = pick_device(args.device, group)
+        precision = group.first(pick_precision, args.precision, device)
+        labels = group.first(load_labels, args)
+        labels = filter_missing_images(labels, args.image_dir, args.target, group)
+        splits = group.first(make_splits, labels, args)
         torch.manual_seed(args.seed)
         learn_from = args.unfreeze_from if args.freeze_backbone else ""
         name = None if args.metadata_only else args.model_name
-        model = build_model(name, args.weights, learn_from, precision, device, args.image_size)
+        model = build_model(name, args.weights, learn_from, precision, device, args.image_size, group)
         photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
-        run = describe_run(argv, args, device, precision, labels)
-        progress = Progress(progress_path(args), settings_of(args, run, model), args.resume)
-        open_log(lines, args.log_path, append=progress.found)
-        log_run(run, args)
-        loader = make_loader(model, photos, splits, args)
-        save = functools.partial(save_checkpoint, model, args)
+        run = describe_run(argv, args, device, precision, labels, group)
+        progress = group.first(lambda: Progress(progress_path(args), settings_of(args, run, model), args.resume))
+        progress.kept = not group.rank
+        if not group.rank:
+            open_log(lines, args.log_path, append=progress.found)
+            log_run(run, args)
+        loader = make_loader(model, photos, splits, args, group)
+        if group.rank and loader.complete:
+            return False
+        save = (lambda *_: None) if group.rank else functools.partial(save_checkpoint, model, args)
         history, predictions, chosen = judge(loader, labels, splits, args, device, progress, save)
+        if group.rank:
+            return False
         metrics = summarize(predictions, chosen, splits, labels, args)
         metrics["run"] = run | {"seconds": round(time.perf_counter() - started, 1)}
         write_report(history, predictions, metrics, args, open_photo)
@@ -1090,17 +881,22 @@ def train(argv, args, lines):
         return False
 
 
-def main(argv=None):
+def run(argv, group):
+    """The script as one process of `group`; returns the exit status."""
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     until_now = signal.getsignal(signal.SIGINT)
     with logging_to_console() as lines:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            interrupted = train(argv, parser.parse_args(argv), lines)
+            if not group.rank:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            interrupted = train(argv, lines, parser, group)
         except UserError as error:  # from a worker process it comes with a traceback before its last line
+            if group.rank:
+                group.make_way()
             parser.error(str(error).rpartition("\ninputs.UserError: ")[2].strip())
         except (MemoryError, RuntimeError) as error:
+            group.make_way()
             if not memory_is_full(error):
                 raise
             parser.error("the memory is full: pass a smaller --batch_size or --image_size, or close other programs")
@@ -1114,6 +910,10 @@ def main(argv=None):
     if interrupted:
         parser.exit(130, "train_model.py: interrupted; what the log says was written is whole, --resume goes on\n")
     return 0
+
+
+def main(argv=None):
+    return together(functools.partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from torchvision import transforms
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import devices  # noqa: E402
+import loaders  # noqa: E402
 import report  # noqa: E402
 import train_model  # noqa: E402
 
@@ -148,7 +150,7 @@ def where_time_goes(labels, device, precision, photos_measured=128):
     resized = clock("resize", lambda: [resize(photo, [photos.image_size] * 2) for photo in opened])
     clock("augment", lambda: [photos.augment(photo, row, 0) for row, photo in enumerate(resized)])
     pairs = [(row, view) for row in range(len(labels)) for view in range(4)]
-    images = train_model.PhotoBatches(photos, pairs, train_model.EXTRACTION_BATCH[device.type])[0][0]
+    images = loaders.PhotoBatches(photos, pairs, loaders.EXTRACTION_BATCH[device.type])[0][0]
     extractor, count, threads = model.extractor(part), len(pairs) // len(images), torch.get_num_threads()
 
     @torch.inference_mode()
@@ -157,14 +159,14 @@ def where_time_goes(labels, device, precision, photos_measured=128):
 
     def forward(each_core_a_batch):
         torch.set_num_threads(1 if each_core_a_batch else threads)
-        done = sum(train_model.in_threads(once, count, threads if each_core_a_batch else 1))
+        done = sum(loaders.in_threads(once, count, threads if each_core_a_batch else 1))
         torch.set_num_threads(threads)
         return done
 
     ways = {
         "forward, a batch a core": lambda: forward(True),
         "forward, all cores on a batch": lambda: forward(False),
-        "extraction": lambda: sum(map(len, train_model.extract_features(model, part, photos, pairs))),
+        "extraction": lambda: sum(map(len, loaders.extract_features(model, part, photos, pairs))),
     }
     rates = {name: [] for name in ways}
     for repeat in range(4):
@@ -320,8 +322,8 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmark.json")
     args = parser.parse_args(argv)
-    device = train_model.pick_device(args.device)
-    precision = train_model.pick_precision("auto", device)
+    device = devices.pick_device(args.device)
+    precision = devices.pick_precision("auto", device)
     part = {"runs": runs, "scaling": scaling, "answers": answers, "reading": reading}[args.part]
     result = json.loads(args.out.read_text()) if args.out.is_file() else {}
     machine = {

@@ -42,6 +42,7 @@ import inputs  # noqa: E402
 import make_sample_data  # noqa: E402
 import predict  # noqa: E402
 import train_model  # noqa: E402
+from devices import ALONE  # noqa: E402
 from feature_store import FeatureStore  # noqa: E402
 from outputs import logging_to_console  # noqa: E402
 
@@ -254,8 +255,9 @@ def computed_again(fault, data, drawn):
     """Features are computed anew where a file of the store cannot be used."""
     with watched() as (out, _), logging_to_console():
         store = FeatureStore(data.out / "cache", {}, (4,), np.float32)
-        found = store.features(["a", "b"], lambda missing: [np.full((len(missing), 4), 7, np.float32)])
-    assert (found == 7).all()
+        keys = np.array(["a", "b"], "S32")
+        store.complete(keys, lambda missing: [np.full((len(missing), 4), 7, np.float32)], ALONE)
+    assert (store[store.places(keys)] == 7).all()
     return next(line for line in out.getvalue().splitlines() if re.search(fault.message, line))
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+import loaders
 import train_model
+from devices import ALONE
 from feature_store import FeatureStore, digest
 from model import BiomassModel
 
@@ -30,16 +32,22 @@ def loader(photos, cache_dir, model, **flags):
     args = train_model.build_parser().parse_args(arguments)
     computed = []
 
-    class Watched(train_model.FeatureLoader):
-        def extract(self, pairs):
-            computed.extend(pairs)
-            return super().extract(pairs)
+    class Watched(loaders.FeatureLoader):
+        def extract(self, pairs, group):
+            computed.extend(map(tuple, pairs.tolist()))
+            return super().extract(pairs, group)
 
     return Watched(model, model.split(), photos, [(np.arange(10), np.arange(10, 20))], args), computed
 
 
 def stored(features, view, rows):
-    return features.stored[features.place[view][rows]].numpy()
+    return features.stored[features.place[view][rows]]
+
+
+def features_of(store, keys, compute):
+    keys = np.array(keys, "S32")
+    store.complete(keys, compute, ALONE)
+    return store[store.places(keys)]
 
 
 def model_of(seed, precision="fp32"):
@@ -51,12 +59,12 @@ def test_stored_features_equal_those_of_the_whole_model(photos, tmp_path):
     model = model_of(0)
     for _ in range(2):  # computed, then found
         features, computed = loader(photos, tmp_path, model, epochs=3)
-        batches = train_model.PhotoBatches(photos, [(row, 2) for row in range(10)], 10)
+        batches = loaders.PhotoBatches(photos, [(row, 2) for row in range(10)], 10)
         with torch.inference_mode():
             direct = model.backbone(model.normalize(batches[0][0]))
             plain = model.backbone(model.normalize(torch.stack([photos[row][0] for row in range(10, 20)])))
         assert stored(features, 2, range(10)) == pytest.approx(direct.numpy(), rel=1e-4, abs=1e-5)
-        assert stored(features, None, range(10, 20)) == pytest.approx(plain.numpy(), rel=1e-4, abs=1e-5)
+        assert stored(features, loaders.PLAIN, range(10, 20)) == pytest.approx(plain.numpy(), rel=1e-4, abs=1e-5)
     assert computed == []
     with torch.inference_mode():
         model.eval()
@@ -82,17 +90,17 @@ def test_epochs_walk_through_the_views(photos, tmp_path):
     rows = np.arange(10)
 
     def epoch(number):
-        order = train_model.shuffled(rows, 42, number)
+        order = loaders.shuffled(rows, 42, number)
         batches = torch.cat([batch for batch, *_ in features.train(rows, number)])
         return batches[np.argsort(order)]
 
     assert torch.equal(epoch(1), epoch(3)) and torch.equal(epoch(2), epoch(4))
     assert not torch.equal(epoch(1), epoch(2))
     args = train_model.build_parser().parse_args(["--no_augmentation", "--cache_dir", str(tmp_path)])
-    plain = train_model.FeatureLoader(model, model.split(), photos, [(rows, np.arange(10, 20))], args)
+    plain = loaders.FeatureLoader(model, model.split(), photos, [(rows, np.arange(10, 20))], args)
     wanted = torch.cat([batch for batch, *_ in plain.validation(rows)])
     trained = torch.cat([batch for batch, *_ in plain.train(rows, 3)])
-    assert torch.equal(trained[np.argsort(train_model.shuffled(rows, 42, 3))], wanted)
+    assert torch.equal(trained[np.argsort(loaders.shuffled(rows, 42, 3))], wanted)
     fresh, computed = loader(photos, tmp_path, model, augment_views=0, epochs=5)
     assert computed == []  # validation rows are in the store
     list(fresh.train(rows, 1))
@@ -101,15 +109,15 @@ def test_epochs_walk_through_the_views(photos, tmp_path):
 
 
 def test_a_view_does_not_depend_on_order_workers_or_batch(photos):
-    pairs = [(row, view) for row in range(6) for view in (None, 0, 1)]
+    pairs = [(row, view) for row in range(6) for view in (loaders.PLAIN, 0, 1)]
     wanted = {(row, view): photos[row, view][0] for row, view in reversed(pairs)}
     for order, size, workers in ((pairs, 4, 0), (pairs[::-1], 5, 2), (pairs, 18, 1)):
-        batches = train_model.PhotoBatches(photos, order, size)
-        images = torch.cat([images for images, *_ in train_model.read_ahead(batches, workers)])
+        batches = loaders.PhotoBatches(photos, order, size)
+        images = torch.cat([images for images, *_ in loaders.read_ahead(batches, workers)])
         for pair, image in zip(order, images, strict=True):
             assert torch.equal(image, wanted[pair])
     assert not torch.equal(wanted[0, 0], wanted[0, 1])
-    assert wanted[0, None].shape == (3, 224, 224) and wanted[0, None].dtype == torch.uint8
+    assert wanted[0, loaders.PLAIN].shape == (3, 224, 224) and wanted[0, loaders.PLAIN].dtype == torch.uint8
 
 
 def test_what_matters_makes_a_new_key_and_what_does_not_costs_nothing(photos, tmp_path):
@@ -148,7 +156,7 @@ def test_damaged_and_half_written_files_are_named_and_replaced(tmp_path, caplog)
         yield wanted[missing]
 
     def features():
-        return FeatureStore(tmp_path, RECIPE, (4,), np.float32).features(keys, compute)
+        return features_of(FeatureStore(tmp_path, RECIPE, (4,), np.float32), keys, compute)
 
     assert np.array_equal(features(), wanted)
     (path,) = tmp_path.glob("*/*.npy")
@@ -166,18 +174,19 @@ def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_p
     for store in (first, second, first):
         store.add(["a" * 32], np.ones((1, 2)))
         store.add(["b" * 32], np.zeros((1, 2)))
-    found, features = FeatureStore(tmp_path, RECIPE, (2,), np.float16).find(["b" * 32, "c" * 32, "a" * 32])
-    assert found.tolist() == [True, False, True] and features[found].tolist() == [[0, 0], [1, 1]]
+    store = FeatureStore(tmp_path, RECIPE, (2,), np.float16)
+    places = store.places(np.array(["b" * 32, "c" * 32, "a" * 32], "S32"))
+    assert (places >= 0).tolist() == [True, False, True] and store[places[[0, 2]]].tolist() == [[0, 0], [1, 1]]
     other = FeatureStore(tmp_path, {**RECIPE, "weights": "b"}, (2,), np.float16)
-    assert not other.find(["a" * 32])[0].any()
-    nothing = FeatureStore(None, RECIPE, (2,), np.float16)
+    assert other.places(np.array(["a" * 32], "S32")) == -1
     asked = []
     for _ in range(2):
-        nothing.features(["a" * 32], lambda missing: asked.append(missing) or [np.ones((1, 2))])
+        nothing = FeatureStore(None, RECIPE, (2,), np.float16)
+        features_of(nothing, ["a" * 32], lambda missing: asked.append(missing) or [np.ones((1, 2))])
     assert len(asked) == 2
 
 
 def test_features_beyond_float16_are_refused():
     store = FeatureStore(None, RECIPE, (1,), np.float16)
     with pytest.raises(OverflowError):
-        store.features(["a" * 32], lambda missing: [np.full((1, 1), 1e6, np.float32)])
+        features_of(store, ["a" * 32], lambda missing: [np.full((1, 1), 1e6, np.float32)])

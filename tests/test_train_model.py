@@ -18,6 +18,8 @@ import torchvision
 from PIL import Image
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
+import devices
+import loaders
 import outputs
 import report
 import train_model
@@ -101,7 +103,7 @@ def test_the_study_command_writes_all_its_outputs(drawn, tmp_path, run_script):
     run = metrics["run"]
     assert run["command"] == f"python train_model.py {study} --weights none"
     assert run["arguments"]["batch_size"] == 16 and run["seconds"] > 0
-    assert run["device"] == str(train_model.pick_device("auto"))
+    assert run["device"] == str(devices.pick_device("auto"))
 
     checkpoint = torch.load(tmp_path / "models" / "resnet18_biomass.pt", weights_only=True)
     assert checkpoint["target"] == TARGET and checkpoint["epoch"] == metrics["epoch"]
@@ -167,7 +169,7 @@ def test_the_loop_overfits_eight_photos(drawn):
     torch.manual_seed(0)
     model = BiomassModel("resnet18")
     model.new_head(standardize=True)
-    images, metadata, targets = train_model.PhotoBatches(photos, [(row, None) for row in range(8)], 8)[0]
+    images, metadata, targets = loaders.PhotoBatches(photos, [(row, loaders.PLAIN) for row in range(8)], 8)[0]
     with torch.inference_mode():
         model.eval()
         features = model.extractor(model.split())(images)
