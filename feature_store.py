@@ -88,8 +88,10 @@ class FeatureStore:
             )
 
     def missing(self, keys):
-        """Numbers of the `keys` that are not kept."""
-        return np.flatnonzero(self.places(keys) < 0)
+        """Numbers of the `keys` that are not kept, each key once: copies of a photo are seen once."""
+        missing = np.flatnonzero(self.places(keys) < 0)
+        _, first = np.unique(keys[missing], return_index=True)
+        return missing[np.sort(first)]
 
     def places(self, keys):
         """Where each of the `keys` is kept, to be asked for as store[places]; -1 for those that are not."""

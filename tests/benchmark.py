@@ -4,6 +4,7 @@
     python tests/benchmark.py scaling --data_dir sample_data full_sample larger_sample
     python tests/benchmark.py answers --data_dir sample_data   # precision and augmented views over three seeds
     python tests/benchmark.py reading --data_dir sample_data   # a sheet of 200,000 rows and a folder of 50,000 photos
+    python tests/benchmark.py rows --data_dir sample_data      # whole runs of up to 300,000 small photos
 
 Each part writes its section of results/benchmark.json and prints its table. A run of train_model.py is a whole process,
 from the command to the report. The plain loop is timed on `--plain_batches` batches of training and as many of
@@ -11,6 +12,7 @@ validation, beside the run that it is compared with, and scaled up to that run's
 """
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -307,15 +309,60 @@ def draw_large(data_dir, folder, rows, photos):
         os.link(folder / files[row % len(files)].name, folder / "photos" / f"{row}.png")
 
 
+def rows(args, device, precision):
+    """Time and memory of a whole run by rows, with small photos and a small backbone; cold, warm, and by two processes.
+
+    Each photo is a file of its own bytes, so that each has features of its own; Parquet, as Excel has too few rows.
+    """
+    section = []
+    flags = ["--model_name", "shufflenet_v2_x0_5", "--image_size", "64", "--no_augmentation", "--epochs", "2"]
+    for count in (75_000, 150_000, 300_000):
+        with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+            folder = Path(folder)
+            draw_many(Path(args.data_dir[0]), folder, count)
+            places = {"labels_path": folder / "labels.parquet", "image_dir": folder / "photos"}
+            places |= {"results_dir": folder, "log_path": folder / "training.log", "model_out": folder / "model.pt"}
+            places |= {"cache_dir": folder / "cache", "weights": "none", "device": str(device)}
+            command = [ROOT / "train_model.py", *flags]
+            command += [part for name, value in places.items() for part in (f"--{name}", value)]
+            line = {"rows": count}
+            for name in ("cold", "warm"):
+                line[f"{name}_seconds"], line[f"{name}_mib"] = run_process([sys.executable, *command])
+            features = sum(path.stat().st_size for path in (folder / "cache").glob("*/*.npy"))
+            line |= {"store_mib": features / 2**20, "bytes_a_photo": features / count}
+            section.append(line)
+            print(line, flush=True)
+    return section
+
+
+def draw_many(data_dir, folder, count):
+    """A Parquet sheet of so many rows, and for each a photo of 96 pixels with bytes of its own."""
+    sheet = pd.read_excel(data_dir / "digital_biomass_labels.xlsx", engine="calamine").dropna(subset=TARGET)
+    photos = []
+    for name in sheet["filename"].head(100):
+        content = io.BytesIO()
+        report.Image.open(data_dir / "images_med_res" / name).convert("RGB").resize((96, 96)).save(content, "PNG")
+        photos.append(content.getvalue())
+    sheet = pd.concat([sheet] * -(-count // len(sheet)), ignore_index=True).head(count)
+    sheet["filename"], sheet["plant_number"] = [f"{row}.png" for row in range(count)], sheet.index % 5000
+    sheet.to_parquet(folder / "labels.parquet")
+    (folder / "photos").mkdir()
+    for row in range(count):
+        (folder / "photos" / f"{row}.png").write_bytes(photos[row % len(photos)] + row.to_bytes(8, "big"))
+
+
 def read_labels(data_dir):
     sheet = Path(data_dir) / "digital_biomass_labels.xlsx"
     labels = train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", str(sheet)]))
     return train_model.filter_missing_images(labels, Path(data_dir) / "images_med_res", TARGET)
 
 
+PARTS = {"runs": runs, "scaling": scaling, "answers": answers, "reading": reading, "rows": rows}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["runs", "scaling", "answers", "reading"])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--data_dir", nargs="+", default=["sample_data"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--plain_batches", type=int, default=12)
@@ -324,7 +371,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = devices.pick_device(args.device)
     precision = devices.pick_precision("auto", device)
-    part = {"runs": runs, "scaling": scaling, "answers": answers, "reading": reading}[args.part]
     result = json.loads(args.out.read_text()) if args.out.is_file() else {}
     machine = {
         "device": str(device),
@@ -333,7 +379,7 @@ def main(argv=None):
         "torch": torch.__version__,
         **report.git_state(),
     }
-    result[args.part] = {"machine": machine, "result": part(args, device, precision)}
+    result[args.part] = {"machine": machine, "result": PARTS[args.part](args, device, precision)}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
