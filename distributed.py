@@ -39,6 +39,7 @@ class Group(Alone):
             sys.exit(2)
         self.rank, self.size, self.gpus = dist.get_rank(), dist.get_world_size(), None
         self.names = self.gather(f"rank {self.rank} of {self.size} (pid {os.getpid()} on {socket.gethostname()})")
+        self.process = os.getpid()
         signal.signal(signal.SIGTERM, self._end_by_signal)
         if self.rank:  # the first process alone speaks, and takes Ctrl-C
             sys.stdout = open(os.devnull, "w")
@@ -127,6 +128,8 @@ class Group(Alone):
 
     def _end_by_signal(self, *_):
         """torchrun ends the rest by SIGTERM when a process dies: let the first one name it before all go."""
+        if os.getpid() != self.process:  # a worker that decodes photos
+            os._exit(128 + signal.SIGTERM)
         time.sleep(5 if self.rank else 1)
         self._tell(f"{self.names[self.rank]} was ended by SIGTERM; start the same command again with --resume")
         self.leave(128 + signal.SIGTERM)

@@ -6,6 +6,7 @@ bytes and moved into place. So two runs can share a store, a killed run leaves w
 shows itself by its name.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -53,8 +54,8 @@ class FeatureStore:
         self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._writing():
-                for partial in self.folder.glob("*.partial"):  # of a run that was killed, as none holds the lock
+            with self._writing() as alone:
+                for partial in self.folder.glob("*.partial") if alone else ():  # of a run that was killed
                     partial.unlink()
             self._write("recipe.json", recipe.encode())
 
@@ -133,8 +134,19 @@ class FeatureStore:
         else:
             self.tables.append(rows)
 
+    @contextlib.contextmanager
     def _writing(self):
-        return FileLock(self.folder / "writing.lock")
+        """Keep others from writing meanwhile; whether that holds, as some file systems of clusters have no locks."""
+        lock = FileLock(self.folder / "writing.lock")
+        try:
+            lock.acquire()
+        except NotImplementedError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _write(self, name, content):
         if not (self.folder / name).exists():

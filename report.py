@@ -103,11 +103,11 @@ def summarize(predictions, chosen, splits, labels, args):
     return metrics
 
 
-def describe_run(argv, args, device, precision, labels, group):
+def describe_run(argv, args, device, precision, labels, processes=1):
     """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
     rows = labels[["filename", "_content", args.target, *args.group_by, *args.metadata_columns]].to_csv(index=False)
     return {
-        "command": f"{'python' if group.size == 1 else 'torchrun ...'} train_model.py {shlex.join(argv)}".rstrip(),
+        "command": f"{'torchrun ...' if processes > 1 else 'python'} train_model.py {shlex.join(argv)}".rstrip(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         **git_state(),
         "versions": {
@@ -119,7 +119,7 @@ def describe_run(argv, args, device, precision, labels, group):
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "precision": precision,
-        "processes": group.size,
+        "processes": processes,
         "data_fingerprint": digest(rows),
     }
 

@@ -857,7 +857,7 @@ def train(argv, lines, parser, group):
         name = None if args.metadata_only else args.model_name
         model = build_model(name, args.weights, learn_from, precision, device, args.image_size, group)
         photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
-        run = describe_run(argv, args, device, precision, labels, group)
+        run = group.first(describe_run, argv, args, device, precision, labels, group.size)
         progress = group.first(lambda: Progress(progress_path(args), settings_of(args, run, model), args.resume))
         progress.kept = not group.rank
         if not group.rank:

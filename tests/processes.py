@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +29,9 @@ sys.path.insert(0, str(ROOT))
 from kill import flags_of, outcome, strays  # noqa: E402
 
 import report  # noqa: E402
+from devices import ALONE, together  # noqa: E402
+from model import BiomassModel  # noqa: E402
+from train_model import train_one_epoch  # noqa: E402
 
 FROZEN = "--precision fp32 --epochs 20"
 LEARNING = "--precision fp32 --epochs 1 --unfreeze_backbone --image_size 96"
@@ -139,6 +144,36 @@ def kill(data, folder, seed, kills):
     return result
 
 
+def head_speed(group):
+    """Rows a second that the study's head learns from on stored features: by one process, and by all of the group."""
+    torch.manual_seed(0)
+    features, targets, nothing = torch.rand(8192, 512), torch.rand(8192), torch.zeros(8192, 0)
+    for batch_size in (32, 1024):
+        line = {"batch_size": batch_size}
+        for name, sharing in (("one process", ALONE), (f"{group.size} processes", group)):
+            model = BiomassModel("resnet18")
+            call, optimizer = sharing.parallel(model), torch.optim.AdamW(model.head.parameters(), fused=True)
+            rows = sharing.deal(np.arange(len(features)), batch_size)
+            batches = [(features[part], nothing[part], targets[part]) for part in rows]
+            group.wait()
+            rates = []
+            for _ in range(3 if sharing is group or not group.rank else 0):
+                started = time.perf_counter()
+                train_one_epoch(model, batches, optimizer, nn.functional.mse_loss, torch.device("cpu"), sharing, call)
+                rates.append(len(features) / (time.perf_counter() - started))
+            line[name] = float(np.median(rates or [0]))
+        if not group.rank:
+            print(json.dumps(line), flush=True)
+    return 0
+
+
+def measure_head():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(done.stdout, flush=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, default=Path("sample_data"))
@@ -150,6 +185,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="processes_") as folder:
         result = {
             "machine": {"processor": f"{platform.machine()}, {os.cpu_count()} cores", **report.git_state()},
+            "head": measure_head(),
             "compared": compare(args.data_dir, folder, args.seed, args.repeats),
             "killed": kill(args.data_dir, folder, args.seed, args.kills),
         }
@@ -158,4 +194,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(together(head_speed) if "WORLD_SIZE" in os.environ else main())
