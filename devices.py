@@ -97,6 +97,7 @@ def pick_device(name, group=ALONE):
                 f"pass --nproc_per_node {max(gpus, 1)} to it, or --device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        name = f"cuda:{torch.cuda.current_device()}"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

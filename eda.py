@@ -688,7 +688,7 @@ def build_parser():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, shown = parser.add_argument, "default: %(default)s"
     add("--data_dir", type=Path, default=Path("infos/mlops_biomass_data"), help=shown)
-    add("--labels_path", type=Path, help=".xlsx, .ods or .csv; default: DATA_DIR/digital_biomass_labels.xlsx")
+    add("--labels_path", type=Path, help=".xlsx, .ods, .csv or .parquet; default: DATA_DIR/digital_biomass_labels.xlsx")
     add("--image_dir", type=Path, help="folder of PNG, JPEG, TIFF or WebP photos; default: DATA_DIR/images_med_res")
     add("--figures_dir", type=Path, default=Path("figures"), help=shown)
     add("--summary_path", type=Path, default=Path("results/eda_summary.json"), help=shown)

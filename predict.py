@@ -355,7 +355,7 @@ def build_parser():
     add = parser.add_argument_group("input").add_argument
     add("photos", nargs="*", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
     add("--recursive", action="store_true", help="also the folders in the folders")
-    add("--labels_path", type=Path, help="a sheet, .xlsx or .csv, whose rows are predicted")
+    add("--labels_path", type=Path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
     add("--image_dir", type=Path, help="folder of the sheet's photos (default: images_med_res beside the sheet)")
     add("--model", type=Path, default="models/biomass_resnet.pt", help="checkpoint (default: %(default)s)")
     add = parser.add_argument_group("speed").add_argument

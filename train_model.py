@@ -731,7 +731,7 @@ def build_parser():
     parser = Parser(prog="train_model.py", description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", type=Path, default="infos/mlops_biomass_data", help="folder of the sheet and the photos")
-    add("--labels_path", type=Path, help=".xlsx or .csv (default: DATA_DIR/digital_biomass_labels.xlsx)")
+    add("--labels_path", type=Path, help=".xlsx, .csv or .parquet (default: DATA_DIR/digital_biomass_labels.xlsx)")
     add("--image_dir", type=Path, help="folder of the photos (default: DATA_DIR/images_med_res)")
     add("--target", default="fresh_weight_total", help="column to predict: in grams if named a weight, else unitless")
     add("--group_by", nargs="+", default=["plant_number"], help="columns that together make a plant, never split")

@@ -40,7 +40,7 @@ SHORT = "--precision fp32 --epochs 6 --unfreeze_backbone --image_size 64 --learn
 
 def launch(processes, data, out, flags, threads=1):
     """train_model.py as a user starts it, by torchrun if there are several processes."""
-    several = ["-m", "torch.distributed.run", "--nproc_per_node", processes] if processes > 1 else []
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
     command = [sys.executable, *several, ROOT / "train_model.py", *flags_of(data, out), *flags.split()]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -168,7 +168,7 @@ def head_speed(group):
 
 
 def measure_head():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     print(done.stdout, flush=True)
     return [json.loads(line) for line in done.stdout.splitlines()]

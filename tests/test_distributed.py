@@ -25,7 +25,7 @@ LEARNING = "--precision fp32 --epochs 40 --image_size 64 --unfreeze_from layer4 
 
 
 def torchrun(processes, *command):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, *command]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
 

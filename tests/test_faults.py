@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import openpyxl
 import pandas as pd
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -127,6 +128,27 @@ def excel(table):
     for row in table:
         book.active.append(row)
     return bytes_of(book)
+
+
+def parquet(table):
+    return pd.DataFrame(table[1:], columns=table[0]).to_parquet()
+
+
+def odd_parquet(table):
+    sheet = pd.DataFrame(table[1:], columns=table[0])
+    sheet.index = [f"n{row}" for row in sheet.index]
+    return sheet.assign(filename=sheet["filename"].astype("category")).to_parquet()
+
+
+def many_rows(table):
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"filename": pyarrow.nulls(40_000_000)}), content)
+    return content.getvalue()
+
+
+def long_texts(table):
+    """A Parquet file of few bytes with a text of a megabyte in all of many rows."""
+    return pd.DataFrame({"filename": ["long" * 2**18] * 10_000}).astype("category").to_parquet()
 
 
 def bytes_of(book):
@@ -999,6 +1021,12 @@ FAULTS = [
         "labels.xls as a label sheet: it is an .xls file; save it as .xlsx$"),
     bad("a binary Excel file", in_file(lambda table: archive({"xl/workbook.bin": b""}), "labels.xlsb"),
         "it is an .xlsb file; save it as .xlsx$"),
+    good_sheet("a Parquet file", in_file(parquet, "labels.parquet")),
+    good_sheet("a Parquet file named .xlsx, with categories and an index", in_file(odd_parquet, "labels.xlsx")),
+    bad("a Parquet file cut short", in_file(lambda table: parquet(table)[:2000], "labels.parquet"),
+        "labels.parquet as a label sheet"),
+    bad("a Parquet file of 40 million empty rows", in_file(many_rows, "labels.parquet"),
+        "it reaches to row 40,000,000 and column 1; delete"),
     good_sheet("an OpenDocument sheet", in_file(open_document, "labels.ods")),
     bad("a CSV file of 20,000 columns", in_file(lambda table: text([[*table[0], *["x"] * 20000], *table[1:]])),
         "it reaches to row 14 and column 20,00.; delete"),
@@ -1208,6 +1236,7 @@ def test_no_hostile_file_takes_much_memory(drawn, tmp_path):
     photos["text.png"] = with_long_text(Image.new("L", (9, 9)))
     table = Data(drawn, tmp_path).cells()
     sheets = {"last.xlsx": far_cell("XFD1048576")(table), "told.xlsx": bomb(5 * 2**29)(table)}
+    sheets["rows.parquet"], sheets["texts.parquet"] = many_rows(table), long_texts(table)
     sheets["wide.csv"] = text([[*table[0], *["x"] * 16000], *table[1:], *[["a"]] * 100_000])
     for name, content in (photos | sheets).items():
         (tmp_path / name).write_bytes(content)
@@ -1215,7 +1244,7 @@ def test_no_hostile_file_takes_much_memory(drawn, tmp_path):
         file.truncate(inputs.MOST_PHOTO_BYTES + 1)
     script = """if True:
         import resource, sys
-        import inputs
+        import inputs, pyarrow.parquet
         most = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         before = most()
         for path in sys.argv[1:]:
@@ -1223,7 +1252,7 @@ def test_no_hostile_file_takes_much_memory(drawn, tmp_path):
                 assert inputs.check_photo(path)[1]
             else:
                 try:
-                    inputs.read_sheet(path)
+                    inputs.read_sheet(path, ["weight"])
                 except inputs.UserError:
                     continue
                 raise AssertionError(path)
