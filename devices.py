@@ -1,6 +1,7 @@
 """What computes: the device, its precision, and the processes that torchrun has started to do one run together."""
 
 import os
+import traceback
 
 import numpy as np
 import torch
@@ -71,6 +72,11 @@ def together(run):
         status = run(group)
     except SystemExit as end:
         group.leave(end.code)
+        raise
+    except BaseException:
+        if group.size > 1:  # the interpreter cannot wind up connections that are in use
+            traceback.print_exc()
+            group.leave(1)
         raise
     group.leave(status)
     return status
