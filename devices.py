@@ -3,7 +3,6 @@
 import os
 import traceback
 
-import numpy as np
 import torch
 
 from inputs import UserError
@@ -18,22 +17,26 @@ class Alone:
         """function(*arguments), called by the first process alone; all get what it returns."""
         return function(*arguments)
 
-    def gather(self, value):
-        """The values of all processes, in their order."""
+    def gather(self, value, by_all=True):
+        """The values of all processes, in their order; without `by_all` the first process alone has them."""
         return [value]
 
     def total(self, number):
         """The sum over all processes."""
         return number
 
+    def start_batch(self, rows):
+        """Rows of the batch that is trained on next, of which this process has so many."""
+        return rows
+
     def wait(self):
         """Go on when all processes have come here."""
 
     def share(self, count, batch=1):
-        """Numbers of this process's part of `count` items: whole batches, the same that a single process would make."""
+        """This process's part of `count` items, a slice: whole batches, the same that a single process would make."""
         batches = -(-count // batch)
         start, stop = (batches * rank // self.size * batch for rank in (self.rank, self.rank + 1))
-        return np.arange(start, min(stop, count))
+        return slice(start, min(stop, count))
 
     def deal(self, items, batch_size):
         """This process's part of each batch of `items`, every size-th item, as DistributedSampler deals them.
@@ -64,8 +67,8 @@ ALONE = Alone()
 def together(run):
     """run(group), with all processes that torchrun has started or with this one alone; returns its exit status."""
     group = ALONE
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from distributed import Group  # takes time and has a part in such runs only
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        from distributed import Group
 
         group = Group()
     try:
@@ -84,12 +87,13 @@ def together(run):
 
 def cores():
     """Cores for this process, if each process of a run on this machine takes as many."""
-    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(allowed // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
 
 
 def pick_device(name, group=ALONE):
     """The torch device that `--device` names; each process of a group on a machine has a GPU of its own."""
-    several = group.size > 1
+    several, asked = group.size > 1, name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if torch.backends.mps.is_available() and not several else name
@@ -110,7 +114,10 @@ def pick_device(name, group=ALONE):
         raise UserError(
             f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try --device cpu"
         ) from error
-    return torch.device(name)
+    device = torch.device(name)
+    if len(set(group.gather(device.type))) > 1:
+        raise UserError(f"--device {asked} is another device on each machine: pass --device cpu, or mend their GPUs")
+    return device
 
 
 def pick_precision(name, device):

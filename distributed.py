@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that do one run together; imported by nothing but devices.join.
+"""Several processes, started by torchrun, that do one run together; imported by devices.together for them alone.
 
 Objects and tensors on the CPU go by gloo, gradients on GPUs by nccl. All processes call the same methods of the group
 in the same order. Each watches whether the first one is there, and the first one watches all: a process that dies
@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,52 +22,71 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
-from devices import Alone
+from devices import Alone, cores
 from inputs import one_line
 
-FOREVER = datetime.timedelta(days=30)  # a process may wait hours for the slowest one; the watch ends what never ends
+MEETING = datetime.timedelta(minutes=5)  # for the processes to find one another
+FOREVER = datetime.timedelta(days=30)  # they may wait hours for the slowest one; the watch ends what never ends
+SILENCE = datetime.timedelta(minutes=10)  # after which a process counts as lost: a large sheet is read in silence
+BEAT = 30  # seconds between two signs of life
+ALIVE = -1  # what is said between the exit statuses
 
 
 class Group(Alone):
-    """All processes of the run; ends them with a line if they do not find together."""
+    """All processes of the run; ends them with a line if they do not find one another."""
 
     def __init__(self):
         try:
-            dist.init_process_group("gloo", timeout=FOREVER)
-            self.watched = dist.new_group(backend="gloo", timeout=FOREVER)
+            dist.init_process_group("gloo", timeout=MEETING)
+            self.work = dist.new_group(backend="gloo", timeout=FOREVER)
+            self.watched = dist.new_group(backend="gloo", timeout=SILENCE)
         except (RuntimeError, ValueError) as error:
-            self._tell(f"the processes do not find one another ({one_line(error)}): start them by torchrun")
+            self._tell(
+                f"the processes do not find one another ({one_line(error)}): check the addresses that were given to "
+                "torchrun; GLOO_SOCKET_IFNAME names the network between the machines"
+            )
             sys.exit(2)
         self.rank, self.size, self.gpus = dist.get_rank(), dist.get_world_size(), None
+        self.process, self.status = os.getpid(), None  # status: with which another one has ended
         self.names = self.gather(f"rank {self.rank} of {self.size} (pid {os.getpid()} on {socket.gethostname()})")
-        self.process = os.getpid()
+        if torch.get_num_threads() == 1:  # torchrun's own choice; here the processes of a machine share its cores
+            torch.set_num_threads(cores())
         signal.signal(signal.SIGTERM, self._end_by_signal)
         if self.rank:  # the first process alone speaks, and takes Ctrl-C
             sys.stdout = open(os.devnull, "w")
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for other in [0] if self.rank else range(1, self.size):
-            threading.Thread(target=self._watch, args=[other], daemon=True).start()
+        others = [0] if self.rank else range(1, self.size)
+        self.watches = [threading.Thread(target=self._watch, args=[other], daemon=True) for other in others]
+        for thread in (*self.watches, threading.Thread(target=self._beat, daemon=True)):
+            thread.start()
 
     def first(self, function, *arguments):
         answer = [None if self.rank else function(*arguments)]
-        dist.broadcast_object_list(answer)
+        dist.broadcast_object_list(answer, group=self.work)
         return answer[0]
 
-    def gather(self, value):
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+    def gather(self, value, by_all=True):
+        values = [None] * self.size if by_all or not self.rank else None
+        if by_all:
+            dist.all_gather_object(values, value, group=self.work)
+        else:
+            dist.gather_object(value, values, group=self.work)
+        return values or []
 
     def total(self, number):
         number = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(number)
+        dist.all_reduce(number, group=self.work)
         return number.item()
 
     def wait(self):
-        waiting = dist.barrier(async_op=True)
+        waiting = dist.barrier(group=self.work, async_op=True)
         while not waiting.is_completed():  # rather than in wait(), which lets no Ctrl-C through
             time.sleep(0.01)
         waiting.wait()
+
+    def start_batch(self, rows):
+        Dealt.rows = int(self.total(rows))
+        return Dealt.rows
 
     def interleave(self, parts):
         everyone = self.gather(parts)
@@ -81,42 +101,70 @@ class Group(Alone):
     def parallel(self, model):
         """`model` with one answer for a batch, however it is dealt; its gradients are the mean over the processes."""
         device = next(model.parameters()).device
-        if device.type == "cuda" and not self.gpus:
+        gpu = device.type == "cuda"
+        if gpu and not self.gpus:
             self.gpus = dist.new_group(backend="nccl", timeout=FOREVER)
-        for module in model.modules():  # the class alone is changed: graphs of the model hold the same modules
+        Dealt.group, GpuBatchNorm.process_group = self.work, self.gpus
+        frozen = {id(module) for _, module in model.frozen_modules()}
+        for module in model.modules():
+            # The class alone is changed, because graphs of the model hold the same modules.
+            if id(module) in frozen:
+                continue
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.process_group = self.gpus
-                module.__class__ = nn.SyncBatchNorm if device.type == "cuda" else SyncedBatchNorm
+                module.__class__ = GpuBatchNorm if gpu else CpuBatchNorm
             elif isinstance(module, nn.Dropout):
                 module.__class__ = DealtDropout
             elif isinstance(module, StochasticDepth):
                 module.__class__ = DealtStochasticDepth
-        gpu = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=gpu, process_group=self.gpus)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of few layers; each process would say it
+        return DistributedDataParallel(
+            model, device_ids=[device] if gpu else None, process_group=self.gpus or self.work
+        )
 
     # ------------------------------------------------------------ the end
 
     def leave(self, status):
-        """End this process; the others learn its exit status, and end too unless it is 0."""
+        """End this process with its exit status; all others then end with the same.
+
+        A process that has nothing left to do waits for the first one: torchrun takes one that ends for the beginning
+        of the end.
+        """
+        if self.rank and not status:
+            try:
+                self.watches[0].join()
+            except SystemExit as end:  # by a signal
+                status = end.code
         self._say(status)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # of a pipe that is closed, as by `| head`
+                stream.flush()
         os._exit(status)  # at once: threads of the watch still wait for the others
 
     def make_way(self):
-        """Leave the first process or the watch the time to tell an error, and to end this process."""
-        time.sleep(3)
+        """Leave the others the time to tell an error that several may have, and to end this process."""
+        time.sleep(3 + 0.5 * self.rank)
 
     def _watch(self, other):
-        status = torch.zeros(1, dtype=torch.int64)
+        status = torch.tensor([ALIVE])
         try:
-            dist.recv(status, src=other, group=self.watched)
-        except RuntimeError:  # the connection is closed, and nothing was said
+            while status == ALIVE:
+                dist.recv(status, src=other, group=self.watched)
+        except RuntimeError as error:  # the connection is closed, and nothing was said
             if self.rank in (0, 1):
-                self._tell(f"{self.names[other]} died; start the same command again with --resume")
-            status += 1
-        if self.rank or status:
-            self.leave(int(status))
+                how = "cannot be reached" if "imed out" in str(error) else "died"
+                self._tell(f"{self.names[other]} {how}; start the same command again with --resume")
+            status = torch.tensor([1])
+        if not status:  # the first one has come to its end
+            os._exit(0)
+        self.status = int(status)
+        signal.raise_signal(signal.SIGTERM)  # so that the main thread removes what it has begun to write
+        time.sleep(10)
+        self.leave(self.status)
+
+    def _beat(self):
+        while True:
+            time.sleep(BEAT)
+            self._say(ALIVE)
 
     def _say(self, status):
         for other in [0] if self.rank else range(1, self.size):
@@ -130,45 +178,56 @@ class Group(Alone):
         """torchrun ends the rest by SIGTERM when a process dies: let the first one name it before all go."""
         if os.getpid() != self.process:  # a worker that decodes photos
             os._exit(128 + signal.SIGTERM)
-        time.sleep(5 if self.rank else 1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        for _ in range(50 if self.rank else 10):
+            if self.status is not None:
+                sys.exit(self.status)
+            time.sleep(0.1)
         self._tell(f"{self.names[self.rank]} was ended by SIGTERM; start the same command again with --resume")
-        self.leave(128 + signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)
 
 
 # ---------------------------------------------------------------- layers that depend on the whole batch
 
 
-def whole(part):
-    """Rows of the batch that has been dealt to all."""
-    rows = torch.tensor(len(part))
-    dist.all_reduce(rows)
-    return int(rows)
+class Dealt:
+    """A layer that is given a process's part of a batch of so many `rows` in all, dealt to the processes of `group`."""
+
+    rows, group = 0, None
+
+    def own(self, batch):
+        return batch[dist.get_rank() :: dist.get_world_size()]
 
 
-def dealt(batch):
-    return batch[dist.get_rank() :: dist.get_world_size()]
-
-
-class DealtDropout(nn.Dropout):
+class DealtDropout(Dealt, nn.Dropout):
     """Dropout that draws for the whole batch in each process, and takes its part: the noise of a single process."""
 
     def forward(self, part):
         if not self.training or not self.p:
             return part
-        return part * dealt(super().forward(part.new_ones(whole(part), *part.shape[1:])))
+        return part * self.own(super().forward(part.new_ones(self.rows, *part.shape[1:])))
 
 
-class DealtStochasticDepth(StochasticDepth):
+class DealtStochasticDepth(Dealt, StochasticDepth):
     """The same for whole paths of a network."""
 
     def forward(self, part):
         if not self.training or not self.p:
             return part
-        return part * dealt(super().forward(part.new_ones(whole(part), *[1] * (part.dim() - 1))))
+        return part * self.own(super().forward(part.new_ones(self.rows, *[1] * (part.dim() - 1))))
 
 
-class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the whole batch, for the CPU, which nn.SyncBatchNorm does not serve."""
+class GpuBatchNorm(nn.SyncBatchNorm):
+    """BatchNorm over the whole batch, always in float32: an empty part would be told to the others in another type."""
+
+    process_group = None  # of the class, because a module that holds one cannot be copied
+
+    def forward(self, part):
+        return super().forward(part.float()).to(part.dtype)
+
+
+class CpuBatchNorm(Dealt, nn.modules.batchnorm._BatchNorm):
+    """The same for the CPU, which nn.SyncBatchNorm does not serve."""
 
     def _check_input_dim(self, part):
         """Any number of dimensions will do."""
@@ -176,7 +235,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, part):
         if not self.training:
             return super().forward(part)
-        output, mean, variance, count = Normalize.apply(part, self.weight, self.bias, self.eps)
+        output, mean, variance, count = Normalize.apply(part, self.weight, self.bias, self.eps, self.group)
         self.num_batches_tracked += 1
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
@@ -192,20 +251,20 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, part, weight, bias, eps):
+    def forward(ctx, part, weight, bias, eps, group):
         values, dims = part.float(), [0, *range(2, part.dim())]
         shape = [1, -1, *[1] * (part.dim() - 2)]
         count = part.numel() / part.shape[1]
         sums = torch.cat([values.sum(dims, dtype=torch.float64), torch.tensor([count], dtype=torch.float64)])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=group)
         count = sums[-1].item()
         mean = (sums[:-1] / count).float()
         squares = (values - mean.view(shape)).square().sum(dims, dtype=torch.float64)
-        dist.all_reduce(squares)
+        dist.all_reduce(squares, group=group)
         variance = (squares / count).float()
         scale = (variance + eps).rsqrt()
         ctx.save_for_backward(part, weight, mean, scale)
-        ctx.dims, ctx.shape, ctx.count = dims, shape, count
+        ctx.dims, ctx.shape, ctx.count, ctx.group = dims, shape, count, group
         factor = weight * scale
         output = torch.addcmul((bias - mean * factor).view(shape), values, factor.view(shape))
         count = torch.tensor(count)
@@ -220,8 +279,8 @@ class Normalize(torch.autograd.Function):
         normal = (part.float() - mean.view(shape)) * scale.view(shape)
         own = torch.stack([(gradient * normal).sum(dims, dtype=torch.float64), gradient.sum(dims, dtype=torch.float64)])
         sums = own.clone()
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=ctx.group)
         along, level = (sums / ctx.count).float()
         change = gradient - level.view(shape) - normal * along.view(shape)
         change = change * (weight * scale).view(shape)
-        return change.to(part.dtype), *own.float(), None
+        return change.to(part.dtype), *own.float(), None, None

@@ -143,7 +143,7 @@ def list_photos(folder):
     for name in folder.names():
         if name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith("."):
             path = folder.folder / name
-            if path.is_file() and not (path.is_symlink() and folder.find(name)[1]):
+            if path.is_file() and not (path.is_symlink() and folder.look_for(name)[1]):
                 yield name
 
 

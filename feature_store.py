@@ -11,18 +11,19 @@ import hashlib
 import io
 import json
 import logging
+import os
+import socket
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
-
-from outputs import whole_file
 
 KEY_LENGTH = 32  # hexadecimal digits of a SHA-256, enough that no two photos of any collection meet
 FEATURES_A_FILE = 2048  # so that an interrupted run loses seconds of work
 BYTES_A_FILE = 2**26  # of features that are whole maps
+LONGEST_WRITE = 600  # seconds, after which a file that is half written belongs to a run that was killed
 
 logger = logging.getLogger("train_model")
 
@@ -52,19 +53,27 @@ class FeatureStore:
         self.tables, self.names = [], set()  # what has been read, and the names of its files
         self.keys, self.starts, self.order = np.empty(0, self.row["key"]), np.zeros(1, int), np.empty(0, int)
         self.folder = None if cache_dir is None else Path(cache_dir) / digest(recipe)
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._writing() as alone:
-                for partial in self.folder.glob("*.partial") if alone else ():  # of a run that was killed
-                    partial.unlink()
-            self._write("recipe.json", recipe.encode())
+        self.recipe = recipe
 
-    def complete(self, keys, compute, group, batch=1):
+    def make_folder(self):
+        """Make the store's folder, without what a killed run has left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob("*.partial"):
+            with contextlib.suppress(OSError):  # another run removes it too
+                if time.time() - partial.stat().st_mtime > LONGEST_WRITE:
+                    partial.unlink()
+        self._write("recipe.json", self.recipe.encode())
+
+    def complete(self, keys, compute, group, batch=1, by_all=True):
         """Keep what is missing of `keys`, by `compute(their numbers)`: each process of `group` computes its share.
 
         `compute` yields arrays of features in the order of the numbers; they are kept as they come. A share is a run
-        of whole batches of `batch` numbers.
+        of whole batches of `batch` numbers. Without a folder the first process alone has them all unless `by_all`.
         """
+        if self.folder:
+            group.first(self.make_folder)
+            if not (self.folder / "recipe.json").is_file():
+                raise FileNotFoundError(f"{socket.gethostname()} does not see {self.folder}: all need the same folder")
         missing = group.first(self.missing, keys)  # one answer for all, as other runs may add to the store meanwhile
         logger.info(f"features: {len(keys) - len(missing):,} found, {len(missing):,} to compute")
         started, done, waiting = time.perf_counter(), 0, []
@@ -81,7 +90,7 @@ class FeatureStore:
                 self.add(keys[own[done - len(computed) : done]], computed)
         group.wait()
         if not self.folder:
-            self.tables = [table for tables in group.gather(self.tables) for table in tables]
+            self.tables = [table for tables in group.gather(self.tables, by_all) for table in tables]
         if len(missing):
             seconds = time.perf_counter() - started
             logger.info(
@@ -134,24 +143,14 @@ class FeatureStore:
         else:
             self.tables.append(rows)
 
-    @contextlib.contextmanager
-    def _writing(self):
-        """Keep others from writing meanwhile; whether that holds, as some file systems of clusters have no locks."""
-        lock = FileLock(self.folder / "writing.lock")
-        try:
-            lock.acquire()
-        except NotImplementedError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-
     def _write(self, name, content):
         if not (self.folder / name).exists():
-            with self._writing(), whole_file(self.folder / name, told=False) as partial:
+            partial = self.folder / f"{name}.{uuid.uuid4().hex}.partial"  # whoever else writes the same
+            try:
                 partial.write_bytes(content)
+                os.replace(partial, self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
 
     def _read(self, path):
         """Rows of a feature file; None, and it is removed, if it does not hold what its name promises."""

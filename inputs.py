@@ -118,8 +118,10 @@ def read_parquet(path):
     if size > MOST_SHEET_BYTES:
         raise UserError(f"it unpacks to {size / 2**30:.1f} GiB, more than {MOST_SHEET_BYTES / 2**30:.0f}")
     check_extent(told.num_rows, told.num_columns)
-    columns = map(told.schema.column, range(told.num_columns))
-    # A text that many rows share is kept once, as in the file: few bytes could unpack to any size else.
+    columns = [told.schema.column(number) for number in range(told.num_columns)]
+    # Few bytes could unpack to any size else. A text that many rows share is kept once, as in the file.
+    if any(column.max_repetition_level or column.length > 64 for column in columns):
+        raise UserError("it has lists or long binaries in its cells; leave these columns out")
     texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
     rows = parquet.ParquetFile(path, read_dictionary=texts).read().to_pandas(ignore_metadata=True)
     names = ["" if name.startswith("__index_level_") else name.strip() for name in rows]  # what pandas wrote beside
@@ -291,14 +293,18 @@ class PhotoFolder:
         found = pd.DataFrame(map(self.look_for, names), names.index, columns=["_path", "_fault"])
         unlike = found["_fault"].isna()
         if unlike.any():
-            fits = {}
-            for folder, name in map(os.path.split, found["_path"][unlike]):
-                fits.setdefault(folder, {})[fold(name)] = []
-            for folder, fitting in fits.items():
-                self.list_fitting(folder, fitting)
-            chosen = (self.choose(*os.path.split(path), fits) for path in found["_path"][unlike])
+            chosen = self.choose_all(found.loc[unlike, "_path"])
             found[unlike] = pd.DataFrame(chosen, found.index[unlike], found.columns)
         return found
+
+    def choose_all(self, paths):
+        """Path and fault of each of the `paths`, which are not there as they are written."""
+        fits = {}
+        for folder, name in map(os.path.split, paths):
+            fits.setdefault(folder, {})[fold(name)] = []
+        for folder, fitting in fits.items():
+            self.list_fitting(folder, fitting)
+        return [self.choose(*os.path.split(path), fits) for path in paths]
 
     def look_for(self, name):
         """Path and fault of one name as it is written; None as the fault if the folder must be listed for it."""
@@ -320,8 +326,8 @@ class PhotoFolder:
     def list_fitting(self, folder, fits):
         """Add a folder's photos to the lists in `fits`, which are by folded name, with or without extension."""
         try:
-            known = self.listed if folder == str(self.folder) else None
-            for name in (entry.name for entry in os.scandir(folder)) if known is None else known:
+            known = self.listed if Path(folder) == self.folder else None
+            for name in (entry.name for entry in os.scandir(folder or ".")) if known is None else known:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in PHOTO_SUFFIXES:
                     for folded in (fold(name), fold(stem)):

@@ -4,6 +4,7 @@ import collections
 import itertools
 import logging
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -201,17 +202,22 @@ class FeatureLoader:
         try:
             cache_dir = None if self.args.no_cache else cache_dir
             store = FeatureStore(cache_dir, self.recipe, stored_shape(self.model, self.part), dtype)
-            store.complete(keys, lambda missing: self.extract(pairs[missing], group), group, batch)
-            if self.complete and group.rank:
+            by_all = not self.complete
+            store.complete(keys, lambda missing: self.extract(pairs[missing], group), group, batch, by_all)
+            if group.rank and not by_all:
                 return None, {}
-            places = store.places(keys)
+            for seconds in (0, *([5, 10, 20, 30, 30] if group.size > 1 else [])):  # shared folders may show files late
+                time.sleep(seconds)
+                places = store.places(keys)
+                if (places >= 0).all():
+                    break
         except OverflowError as error:
             raise UserError("the backbone's features do not fit float16: pass --precision fp32") from error
         except OSError as error:
             raise UserError(f"cannot keep features in {cache_dir} ({error}): pass another --cache_dir") from error
         if (places < 0).any():
             raise UserError(f"--cache_dir {cache_dir} must be one folder that all processes see: pass a shared one")
-        if len(keys) * store.row.itemsize <= MOST_HELD:
+        if len(keys) * store.row.itemsize <= MOST_HELD / self.group.size:
             store, places = store[places], np.arange(len(keys))
         place = {view: np.full(len(self.photos), -1) for view in np.unique(pairs[:, 1]).tolist()}
         for view, of_rows in place.items():
@@ -227,7 +233,7 @@ class FeatureLoader:
         if self.views:
             return self.batches(dealt, self.stored, self.place[self.views[(epoch - 1) % len(self.views)]])
         fresh, place = self.look_up(pairs_of(np.concatenate(dealt), epoch - 1), None, ALONE)
-        return self.batches(dealt, fresh, place[epoch - 1])
+        return self.batches(dealt, fresh, place.get(epoch - 1, self.place[PLAIN]))  # which serves if no row was dealt
 
     def validation(self, rows):
         return self.batches(self.group.deal(rows, self.args.batch_size), self.stored, self.place[PLAIN])

@@ -11,6 +11,7 @@ import torch
 import torch.fx
 import torchvision
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from devices import ALONE
 from inputs import UserError, one_line
@@ -272,13 +273,20 @@ def modules_from(backbone, name, model_name):
     return {f"backbone.{name}".rstrip(".") for name in names[names.index(name) :]}
 
 
+class Tracer(torch.fx.Tracer):
+    """torch.fx's, which leaves dropped paths the modules that they are, as several processes exchange them."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
+
+
 def cut(backbone, learning):
     """`backbone` as two graphs, before and after the first of the modules that learn; None where it cannot be cut.
 
     The second holds all that depends on a module that learns. It can be cut if one tensor alone leads there.
     """
     try:
-        nodes = list(torch.fx.symbolic_trace(backbone).graph.nodes)
+        nodes = list(Tracer().trace(backbone).nodes)
     except Exception:  # torch.fx raises whatever a model's own code stumbles over
         return None
     after = set()

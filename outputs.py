@@ -144,7 +144,9 @@ def alone(outputs):
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise UserError(f"{path} is in use by another run: wait for it, or choose another place") from None
+                raise UserError(
+                    f"{path} is in use by another run, says {place}: wait for it, or choose another place"
+                ) from None
             except NotImplementedError:  # a file system without locks
                 continue
             stack.callback(unlock, lock, place)

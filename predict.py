@@ -13,6 +13,7 @@ Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high ar
 
 import os
 import signal
+import socket
 import sys
 
 if __name__ == "__main__":  # while the libraries load; main() takes over
@@ -28,7 +29,7 @@ import pandas as pd
 import torch
 
 import calibration
-from devices import pick_device, together
+from devices import cores, pick_device, together
 from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
 from loaders import EXTRACTION_BATCH, bar, in_threads
 from metadata import MetadataEncoder
@@ -108,7 +109,7 @@ def find_photos(paths, recursive):
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            photos = sorted(photos_in(path, recursive))
+            photos = sorted(photos_in(path, recursive), key=lambda photo: photo.split(os.sep))
             if not photos:
                 raise UserError(
                     f"no photo in {path} ({', '.join(PHOTO_SUFFIXES)}){'' if recursive else ': --recursive?'}"
@@ -127,12 +128,16 @@ def find_photos(paths, recursive):
 
 def photos_in(folder, recursive):
     """Paths of the photos in a folder, with `recursive` also in the folders below it."""
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=fail):
         for name in names:
-            if name.lower().endswith(PHOTO_SUFFIXES) and os.path.isfile(os.path.join(parent, name)):
+            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and os.path.isfile(os.path.join(parent, name)):
                 yield os.path.join(parent, name)
         if not recursive:
             folders.clear()
+
+
+def fail(error):
+    raise error
 
 
 def rows_of_sheet(labels_path, image_dir, scale):
@@ -195,7 +200,7 @@ def weigh_share(scale, table, group):
         torch.set_num_threads(1)
         done = in_threads(both, len(starts), threads)
     else:
-        read_ahead = enumerate(in_threads(read, len(starts), threads))
+        read_ahead = enumerate(in_threads(read, len(starts), min(cores(), 16)))
         done = ((*weigh(number, images), faults) for number, (images, faults) in read_ahead)
     try:
         with bar(group, len(table), unit="photo", desc="photos") as shown:
@@ -206,6 +211,8 @@ def weigh_share(scale, table, group):
     finally:
         torch.set_num_threads(threads)
     predicted, unlike, faults = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if group.rank and (lost := table["_path"][(faults == "no such file") & (table["fault"] == "")]).any():
+        raise UserError(f"{socket.gethostname()} does not see {lost.iloc[0]}: all machines need the same folders")
     return pd.DataFrame({"predicted": predicted, "unlike": unlike, "fault": faults.astype(object)}, index=table.index)
 
 

@@ -48,7 +48,7 @@ class Progress:
 
     def reached(self, stage, state):
         """Note the state of training after an epoch; state() gives it, and is asked for only if it is written."""
-        if time.monotonic() - self.written > WRITE_EVERY:
+        if self.kept and time.monotonic() - self.written > WRITE_EVERY:
             self.states = {stage: state()}
             self.write()
             self.states = {}

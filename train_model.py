@@ -25,9 +25,12 @@ if __name__ == "__main__":  # while the libraries load; main() takes over
 import argparse
 import contextlib
 import functools
+import importlib
 import logging
 import math
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +67,7 @@ RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names 
 PLACES = {"data_dir", "labels_path", "image_dir", "results_dir", "metrics_path", "curves_path", "model_out", "log_path"}
 PLACES |= {"cache_dir", "no_cache", "num_workers", "resume", "device", "precision"}  # none changes the result
 SAVE_EVERY = 30  # seconds between two checkpoints of a running training
-CHECKED_AT_ONCE = 64  # photos a thread looks at
+LOOKS_AT_ONCE = 64  # photos that a thread takes on
 
 logger = logging.getLogger("train_model")
 
@@ -165,10 +168,24 @@ def number_plants(columns):
 
 def filter_missing_images(labels, image_dir, target, group=ALONE):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    found = group.first(lambda: PhotoFolder(image_dir).find_all(labels["filename"]))
-    own = group.share(len(found))
-    looks = pd.concat(group.gather(look_at_photos(found.iloc[own], group)))
-    labels = labels.join(looks[["_path", "_content"]])
+    folder, rows = PhotoFolder(image_dir), labels.index
+    found = pd.DataFrame(in_shares(folder.look_for, labels["filename"], group), rows, ["_path", "_fault"])
+    unlike = found["_fault"].isna()
+    if unlike.any():
+        chosen = group.first(folder.choose_all, found.loc[unlike, "_path"])
+        found[unlike] = pd.DataFrame(chosen, rows[unlike], found.columns)
+
+    def look_at(photo):
+        content, fault = (b"", photo[1]) if photo[1] else check_photo(photo[0])
+        if group.rank and fault == "no such file" != photo[1]:
+            raise UserError(f"{socket.gethostname()} does not see {photo[0]}: all machines need the same folders")
+        return digest(content), fault
+
+    photos = list(zip(found["_path"], found["_fault"], strict=True))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(importlib.import_module, "sklearn.model_selection")  # takes as long as the photos, so both at once
+        looks = pd.DataFrame(in_shares(look_at, photos, group, "looking at photos"), rows, ["_content", "_fault"])
+    labels = labels.assign(_path=found["_path"], _content=looks["_content"])
     labels = drop_rows(labels, looks["_fault"] != "", "whose photo is missing or unreadable", reasons=looks["_fault"])
     labels = drop_repeated(labels, "_path", target)  # one photo by several spellings of its name
     if labels.empty:
@@ -176,24 +193,16 @@ def filter_missing_images(labels, image_dir, target, group=ALONE):
     return labels.reset_index(drop=True)
 
 
-def look_at_photos(found, group):
-    """`found`, photos with `_path` and `_fault`, with their `_content` and with the faults of their files."""
-
-    def look_at(number):
-        part = found.iloc[number * CHECKED_AT_ONCE : (number + 1) * CHECKED_AT_ONCE]
-        looks = [
-            (b"", fault) if fault else check_photo(path)
-            for path, fault in zip(part["_path"], part["_fault"], strict=True)
-        ]
-        contents, faults = [digest(content) for content, _ in looks], [fault for _, fault in looks]
-        return part.assign(_content=pd.array(contents, "str"), _fault=pd.array(faults, "str"))
-
-    count, parts = -(-len(found) // CHECKED_AT_ONCE), [found.assign(_content="").head(0)]
-    with bar(group, len(found), unit="photo", desc="looking at photos") as shown:
-        for part in in_threads(look_at, count, min(cores() + 4, 32)):
-            parts.append(part)
-            shown.update(len(part))
-    return pd.concat(parts)
+def in_shares(look, items, group, title=None):
+    """[look(item) for item in items], in threads, and each process of the group does a share."""
+    items = list(items)[group.share(len(items))]
+    pieces = [items[start : start + LOOKS_AT_ONCE] for start in range(0, len(items), LOOKS_AT_ONCE)]
+    looks = []
+    with bar(group, len(items), unit="photo", desc=title) as shown:
+        for piece in in_threads(lambda number: list(map(look, pieces[number])), len(pieces), min(cores() + 4, 32)):
+            looks += piece
+            shown.update(len(piece))
+    return [look for looks in group.gather(looks) for look in looks]
 
 
 def split_by_plant(labels, val_split, seed):
@@ -342,13 +351,13 @@ def train_one_epoch(model, batches, optimizer, loss_of, device, group=ALONE, par
     parallel = parallel or model
     squares, rows = 0.0, 0
     for number, (inputs, metadata, targets) in enumerate(batches, start=1):
-        targets = targets.to(device)
+        targets, rows_of_all = targets.to(device), group.start_batch(len(targets))
         outputs = parallel(inputs.to(device), metadata.to(device))
         loss = loss_of(outputs, model.target.apply_to(targets)) if len(targets) else outputs.sum()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is not finite at batch {number}")
         # Gradients are averaged over the processes: this makes them those of the mean over all rows of the batch.
-        (loss * (len(targets) * group.size / group.total(len(targets)))).backward()
+        (loss * (len(targets) * group.size / rows_of_all)).backward()
         optimizer.step()
         optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
         squares += (model.target.undo(outputs.detach()) - targets).square().sum().item()
@@ -505,6 +514,9 @@ class Training:
 @contextlib.contextmanager
 def interrupts_held_back():
     """Let Ctrl-C take effect after the block, not within it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the first of several processes takes it
+        yield
+        return
     came = []
     before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
     try:

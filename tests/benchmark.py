@@ -310,7 +310,7 @@ def draw_large(data_dir, folder, rows, photos):
 
 
 def rows(args, device, precision):
-    """Time and memory of a whole run by rows, with small photos and a small backbone; cold, warm, and by two processes.
+    """Time and memory of a whole run by rows, with small photos and a small backbone, cold and warm.
 
     Each photo is a file of its own bytes, so that each has features of its own; Parquet, as Excel has too few rows.
     """

@@ -66,8 +66,9 @@ def check_outputs(out):
 
 
 def strays(out):
-    found = [*out.rglob("*.partial"), *out.rglob("*.progress")]
-    return found + [path for path in out.rglob("*.lock") if path.name != "writing.lock"]
+    """Files that should not be there; what is half written in the store is removed by later runs, after minutes."""
+    found = [path for path in out.rglob("*.partial") if path.suffixes[-3:-2] != [".npy"]]
+    return [*found, *out.rglob("*.progress"), *out.rglob("*.lock")]
 
 
 def start(data, out, flags):

@@ -96,7 +96,7 @@ def kill_in_mid_run(launcher, rank, seconds):
     return [line for line in launcher.communicate()[1].splitlines() if line.startswith("train_model.py:")]
 
 
-def compare(data, folder, seed, repeats):
+def compare(data, folder, repeats):
     result = {}
     for name, flags in RUNS.items():
         lines, features, rmse = [], None, None
@@ -190,7 +190,7 @@ def main(argv=None):
         result = {
             "machine": {"processor": f"{platform.machine()}, {os.cpu_count()} cores", **report.git_state()},
             "head": measure_head(),
-            "compared": compare(args.data_dir, folder, args.seed, args.repeats),
+            "compared": compare(args.data_dir, folder, args.repeats),
             "killed": kill(args.data_dir, folder, args.seed, args.kills),
         }
     args.out.write_text(json.dumps(result, indent=2) + "\n")

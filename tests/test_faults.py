@@ -795,9 +795,10 @@ def in_store(make):
     """A file in the feature store that is named as it must be, by the checksum of its content."""
 
     def put(data, row):
-        folder = FeatureStore(data.out / "cache", {}, (4,), np.float32).folder
+        store = FeatureStore(data.out / "cache", {}, (4,), np.float32)
+        store.make_folder()
         content = make(data)
-        (folder / f"{hashlib.sha256(content).hexdigest()}.npy").write_bytes(content)
+        (store.folder / f"{hashlib.sha256(content).hexdigest()}.npy").write_bytes(content)
 
     return put
 

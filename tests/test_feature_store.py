@@ -172,6 +172,7 @@ def test_damaged_and_half_written_files_are_named_and_replaced(tmp_path, caplog)
 def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_path):
     first, second = (FeatureStore(tmp_path, RECIPE, (2,), np.float16) for _ in range(2))
     for store in (first, second, first):
+        store.make_folder()
         store.add(["a" * 32], np.ones((1, 2)))
         store.add(["b" * 32], np.zeros((1, 2)))
     store = FeatureStore(tmp_path, RECIPE, (2,), np.float16)
