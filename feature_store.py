@@ -128,6 +128,8 @@ class FeatureStore:
             if table is not None:
                 self.names.add(path.name)
                 self.tables.append(table)
+        if len(self.keys) == sum(map(len, self.tables)):
+            return
         self.keys = np.concatenate([np.empty(0, self.row["key"]), *(table["key"] for table in self.tables)])
         self.starts = np.cumsum([0, *map(len, self.tables)])
         self.order = np.argsort(self.keys, kind="stable")
