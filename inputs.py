@@ -275,7 +275,7 @@ class PhotoFolder:
         self.real = functools.cache(os.path.realpath)
 
     def names(self):
-        """Names of the folder's own files; what needs them all asks before find_all lists them once more."""
+        """Names of the folder's own files, listed once: find_all then looks among them."""
         if self.listed is None:
             self.listed = os.listdir(self.folder)
         return self.listed

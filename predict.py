@@ -4,6 +4,7 @@
     python predict.py a.png b.jpg --sheet contact_sheet.png         photos, and a picture of them with their weights
     python predict.py --labels_path new.xlsx --image_dir photos     the rows of a sheet, with metadata and known weights
     python predict.py --export biomass.onnx                         the model for other programs
+    torchrun --standalone --nproc_per_node 4 predict.py photos/     by four processes, each with a GPU of its own
 
 Reads  models/biomass_resnet.pt, or what --model names: all that is needed beside the photos is in it.
 Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high are the ends of an interval that holds

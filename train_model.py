@@ -6,6 +6,7 @@
     python train_model.py --folds 5                                   every photo predicted once, by cross-validation
     python train_model.py --data_dir sample_data --weights none       on drawn data, without ImageNet weights
     python train_model.py --resume                                    go on with the run that was stopped
+    torchrun --standalone --nproc_per_node 4 train_model.py           by four processes, each with a GPU of its own
 
 Reads  DATA_DIR/digital_biomass_labels.xlsx and the photos in DATA_DIR/images_med_res.
 Writes models/biomass_resnet.pt (the model), training.log (what happened), and in results/: metrics.txt (JSON),

@@ -1,5 +1,6 @@
 """The store's answer is the backbone's, its keys change with all that matters, and damage to it is survived."""
 
+import os
 import shutil
 
 import numpy as np
@@ -178,6 +179,12 @@ def test_two_runs_share_a_store_and_no_store_is_a_store_that_keeps_nothing(tmp_p
     store = FeatureStore(tmp_path, RECIPE, (2,), np.float16)
     places = store.places(np.array(["b" * 32, "c" * 32, "a" * 32], "S32"))
     assert (places >= 0).tolist() == [True, False, True] and store[places[[0, 2]]].tolist() == [[0, 0], [1, 1]]
+    killed, writing = (store.folder / f"{name}.npy.partial" for name in ("killed", "writing"))
+    for partial in (killed, writing):
+        partial.write_bytes(b"?")
+    os.utime(killed, (0, 0))
+    first.make_folder()
+    assert writing.exists() and not killed.exists()
     other = FeatureStore(tmp_path, {**RECIPE, "weights": "b"}, (2,), np.float16)
     assert other.places(np.array(["a" * 32], "S32")) == -1
     asked = []
