@@ -34,6 +34,7 @@ def torchrun(processes, *command):
 def test_two_processes_share_the_extraction_and_the_photos_that_are_weighed(drawn, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert train_model.main([*flags_of(drawn, one), *FROZEN.split()]) == 0
+    assert "distributed" not in sys.modules  # one process imports nothing for several
     _, found, metrics = run(2, drawn, two, FROZEN)
     assert stored(one).tobytes() == stored(two).tobytes()
     assert len(list((two / "cache").glob("*/*.npy"))) == 2  # each has added its share
@@ -66,18 +67,9 @@ def test_a_process_that_dies_is_named_and_the_rest_goes_on_with_another_number(d
 
 
 def test_a_mistake_is_told_once(tmp_path):
-    for script in ("train_model.py", "predict.py"):
-        flags = ["--data_dir", tmp_path / "none"] if script == "train_model.py" else [tmp_path / "none"]
-        done = torchrun(2, ROOT / script, *flags)
-        lines = [line for line in done.stderr.splitlines() if line.startswith(script)]
-        assert len(lines) == 1 and "no " in lines[0] and done.returncode, done.stderr
-
-
-def test_one_process_imports_nothing_for_several(drawn, tmp_path):
-    code = f"import sys, train_model; train_model.main({[*flags_of(drawn, tmp_path), '--metadata_only']!r})"
-    code = f"{code[:-2]}, '--metadata_columns', 'age_days', '--epochs', '1']); assert 'distributed' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = torchrun(2, ROOT / "train_model.py", "--data_dir", tmp_path / "none")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_model.py")]
+    assert len(lines) == 1 and "no data folder at" in lines[0] and done.returncode, done.stderr
 
 
 # ---------------------------------------------------------------- within the processes
