@@ -55,10 +55,10 @@ class Alone:
         return model
 
     def make_way(self):
-        """Let the first process tell an error, where several may have it."""
+        """Let others tell an error, where several may have it."""
 
     def leave(self, status):
-        """Tell the other processes that this one ends."""
+        """End this process, once the others have been told or have nothing left to do."""
 
 
 ALONE = Alone()

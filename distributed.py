@@ -2,7 +2,7 @@
 
 Objects and tensors on the CPU go by gloo, gradients on GPUs by nccl. All processes call the same methods of the group
 in the same order. Each watches whether the first one is there, and the first one watches all: a process that dies
-ends the run within a second, in one line that names it, instead of leaving the others to wait for it.
+ends the run within seconds, in one line that names it, instead of leaving the others to wait for it.
 """
 
 import contextlib
@@ -39,7 +39,9 @@ class Group(Alone):
         try:
             dist.init_process_group("gloo", timeout=MEETING)
             self.work = dist.new_group(backend="gloo", timeout=FOREVER)
-            self.watched = dist.new_group(backend="gloo", timeout=SILENCE)
+            # A pair each, because silence within a gloo group breaks all its connections.
+            others = range(1, dist.get_world_size())
+            self.watched = [None, *(dist.new_group([0, other], SILENCE, "gloo") for other in others)]
         except (RuntimeError, ValueError) as error:
             self._tell(
                 f"the processes do not find one another ({one_line(error)}): check the addresses that were given to "
@@ -47,9 +49,10 @@ class Group(Alone):
             )
             sys.exit(2)
         self.rank, self.size, self.gpus = dist.get_rank(), dist.get_world_size(), None
-        self.process, self.status = os.getpid(), None  # status: with which another one has ended
+        self.process, self.status = os.getpid(), None  # status: with which another process has ended
+        self.seeing = threading.Lock()
         self.names = self.gather(f"rank {self.rank} of {self.size} (pid {os.getpid()} on {socket.gethostname()})")
-        if torch.get_num_threads() == 1:  # torchrun's own choice; here the processes of a machine share its cores
+        if torch.get_num_threads() == 1:  # what torchrun sets unasked; here the processes of a machine share its cores
             torch.set_num_threads(cores())
         signal.signal(signal.SIGTERM, self._end_by_signal)
         if self.rank:  # the first process alone speaks, and takes Ctrl-C
@@ -124,7 +127,7 @@ class Group(Alone):
     # ------------------------------------------------------------ the end
 
     def leave(self, status):
-        """End this process with its exit status; all others then end with the same.
+        """End this process with its exit status, and all others too.
 
         A process that has nothing left to do waits for the first one: torchrun takes one that ends for the beginning
         of the end.
@@ -134,6 +137,7 @@ class Group(Alone):
                 self.watches[0].join()
             except SystemExit as end:  # by a signal
                 status = end.code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # there is nothing left to end
         self._say(status)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # of a pipe that is closed, as by `| head`
@@ -145,21 +149,30 @@ class Group(Alone):
         time.sleep(3 + 0.5 * self.rank)
 
     def _watch(self, other):
-        status = torch.tensor([ALIVE])
+        status, error = torch.tensor([ALIVE]), None
         try:
             while status == ALIVE:
-                dist.recv(status, src=other, group=self.watched)
-        except RuntimeError as error:  # the connection is closed, and nothing was said
-            if self.rank in (0, 1):
-                how = "cannot be reached" if "imed out" in str(error) else "died"
-                self._tell(f"{self.names[other]} {how}; start the same command again with --resume")
-            status = torch.tensor([1])
+                dist.recv(status, src=other, group=self.watched[self.rank or other])
+        except RuntimeError as lost:  # the connection is closed, and nothing was said
+            status, error = torch.tensor([1]), lost
         if not status:  # the first one has come to its end
             os._exit(0)
-        self.status = int(status)
-        signal.raise_signal(signal.SIGTERM)  # so that the main thread removes what it has begun to write
+        with self.seeing:
+            if self.status is not None:
+                return
+            if error and self.rank in (0, 1):
+                how = "cannot be reached" if "imed out" in str(error) else "died"
+                self._tell(f"{self.names[other]} {how}; start the same command again with --resume")
+            self.status = int(status)
+        if not self.rank:  # before others find this one gone
+            self._say(self.status)
+        # The main thread removes what it has begun to write, if nothing holds it up.
+        if os.name == "nt":
+            signal.raise_signal(signal.SIGTERM)
+        else:  # this wakes it, too
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         time.sleep(10)
-        self.leave(self.status)
+        os._exit(self.status)
 
     def _beat(self):
         while True:
@@ -169,7 +182,7 @@ class Group(Alone):
     def _say(self, status):
         for other in [0] if self.rank else range(1, self.size):
             with contextlib.suppress(RuntimeError):  # of one that has gone before
-                dist.send(torch.tensor([status]), dst=other, group=self.watched)
+                dist.send(torch.tensor([status]), dst=other, group=self.watched[self.rank or other])
 
     def _tell(self, message):
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
@@ -179,7 +192,9 @@ class Group(Alone):
         if os.getpid() != self.process:  # a worker that decodes photos
             os._exit(128 + signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        for _ in range(50 if self.rank else 10):
+        if os.name != "nt":
+            signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's own would tell that the workers end too
+        for _ in range(100 + 5 * self.rank if self.rank else 60):  # a dead process's workers keep its connections 5 s
             if self.status is not None:
                 sys.exit(self.status)
             time.sleep(0.1)

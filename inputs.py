@@ -285,15 +285,17 @@ class PhotoFolder:
         found = self.find_all(pd.Series([name], dtype=object)).iloc[0]
         return Path(found["_path"]), found["_fault"]
 
-    def find_all(self, names):
+    def find_all(self, names, look=map, once=None):
         """`_path` and `_fault` of the photos that a column of names names, "" where nothing is wrong.
 
         A folder is listed once, if a name is not there as written, and no more of it kept than what fits such names.
+        look(function, names) can look for them in its own way, and once(function, paths) list the folder.
         """
-        found = pd.DataFrame(map(self.look_for, names), names.index, columns=["_path", "_fault"])
+        found = pd.DataFrame(look(self.look_for, names), names.index, columns=["_path", "_fault"])
         unlike = found["_fault"].isna()
         if unlike.any():
-            chosen = self.choose_all(found.loc[unlike, "_path"])
+            paths = found.loc[unlike, "_path"]
+            chosen = once(self.choose_all, paths) if once else self.choose_all(paths)
             found[unlike] = pd.DataFrame(chosen, found.index[unlike], found.columns)
         return found
 

@@ -18,7 +18,8 @@ import socket
 import sys
 
 if __name__ == "__main__":  # while the libraries load; main() takes over
-    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("predict.py: interrupted\n"), os._exit(130)))
+    told = "predict.py: interrupted\n" * (os.environ.get("RANK", "0") == "0")
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write(told), os._exit(130)))
 
 import argparse
 import functools
@@ -212,7 +213,8 @@ def weigh_share(scale, table, group):
     finally:
         torch.set_num_threads(threads)
     predicted, unlike, faults = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if group.rank and (lost := table["_path"][(faults == "no such file") & (table["fault"] == "")]).any():
+    lost = table["_path"][(faults == "no such file") & (table["fault"] == "")]
+    if group.rank and len(lost) and not os.path.lexists(lost.iloc[0]):
         raise UserError(f"{socket.gethostname()} does not see {lost.iloc[0]}: all machines need the same folders")
     return pd.DataFrame({"predicted": predicted, "unlike": unlike, "fault": faults.astype(object)}, index=table.index)
 

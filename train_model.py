@@ -21,7 +21,8 @@ import signal
 import sys
 
 if __name__ == "__main__":  # while the libraries load; main() takes over
-    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("train_model.py: interrupted\n"), os._exit(130)))
+    told = "train_model.py: interrupted\n" * (os.environ.get("RANK", "0") == "0")
+    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write(told), os._exit(130)))
 
 import argparse
 import contextlib
@@ -169,23 +170,19 @@ def number_plants(columns):
 
 def filter_missing_images(labels, image_dir, target, group=ALONE):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    folder, rows = PhotoFolder(image_dir), labels.index
-    found = pd.DataFrame(in_shares(folder.look_for, labels["filename"], group), rows, ["_path", "_fault"])
-    unlike = found["_fault"].isna()
-    if unlike.any():
-        chosen = group.first(folder.choose_all, found.loc[unlike, "_path"])
-        found[unlike] = pd.DataFrame(chosen, rows[unlike], found.columns)
+    share = functools.partial(in_shares, group=group)
+    found = PhotoFolder(image_dir).find_all(labels["filename"], share, group.first)
 
     def look_at(photo):
         content, fault = (b"", photo[1]) if photo[1] else check_photo(photo[0])
-        if group.rank and fault == "no such file" != photo[1]:
+        if group.rank and fault == "no such file" != photo[1] and not os.path.lexists(photo[0]):
             raise UserError(f"{socket.gethostname()} does not see {photo[0]}: all machines need the same folders")
         return digest(content), fault
 
     photos = list(zip(found["_path"], found["_fault"], strict=True))
     with ThreadPoolExecutor(1) as pool:
         pool.submit(importlib.import_module, "sklearn.model_selection")  # takes as long as the photos, so both at once
-        looks = pd.DataFrame(in_shares(look_at, photos, group, "looking at photos"), rows, ["_content", "_fault"])
+        looks = pd.DataFrame(share(look_at, photos, title="looking at photos"), found.index, ["_content", "_fault"])
     labels = labels.assign(_path=found["_path"], _content=looks["_content"])
     labels = drop_rows(labels, looks["_fault"] != "", "whose photo is missing or unreadable", reasons=looks["_fault"])
     labels = drop_repeated(labels, "_path", target)  # one photo by several spellings of its name
@@ -199,7 +196,7 @@ def in_shares(look, items, group, title=None):
     items = list(items)[group.share(len(items))]
     pieces = [items[start : start + LOOKS_AT_ONCE] for start in range(0, len(items), LOOKS_AT_ONCE)]
     looks = []
-    with bar(group, len(items), unit="photo", desc=title) as shown:
+    with bar(group, len(items), unit="photo", desc=title or "looking for photos") as shown:
         for piece in in_threads(lambda number: list(map(look, pieces[number])), len(pieces), min(cores() + 4, 32)):
             looks += piece
             shown.update(len(piece))
