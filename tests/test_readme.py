@@ -96,6 +96,25 @@ def test_speed_and_held_out_plants_stand_in_the_readme():
     assert rows_of("weights in the 90 % interval") == [f"{held_out['coverage']:.1%}"]
 
 
+def test_large_data_and_several_processes_stand_in_the_readme():
+    for line in committed("benchmark.json")["rows"]["result"]:
+        seconds = [f"{line['cold_seconds']:.0f}", f"{line['warm_seconds']:.0f}"]
+        assert rows_of(f"{line['rows']:,} rows") == [*seconds, f"{line['cold_mib']:,.0f}", f"{line['store_mib']:.0f}"]
+    measured = committed("processes.json")
+    texts = {"frozen": "frozen, 20 epochs", "all layers, rate 1e-5": "all layers, 1 epoch at 1e-5"}
+    for run, text in texts.items():
+        for line in measured["compared"][run]:
+            who = f"{line['processes']} process{'es' * (line['processes'] > 1)}" + " of 2 threads" * (
+                line["threads"] > 1
+            )
+            difference = f"{line['difference']:.1e}" if line["difference"] else "0"
+            assert rows_of(f"{text}, {who}") == [f"{line['val_rmse']:.6f}", difference, f"{line['seconds']:.1f}"]
+            assert line["difference"] < (1e-6 if run == "frozen" else 1e-4) and line.get("same_bits", True)
+    same = sum(line["same_bits"] for line in measured["killed"])
+    assert f"of {len(measured['killed'])} runs whose first or second process was killed" in README
+    assert f"random moment, {same} ended after `--resume` with the bits" in README
+
+
 @pytest.mark.skipif(not (shutil.which("pandoc") and shutil.which("pdflatex")), reason="pandoc or LaTeX is missing")
 def test_the_readme_becomes_a_pdf(tmp_path):
     command = ["pandoc", "README.md", "-o", str(tmp_path / "README.pdf")]
