@@ -280,11 +280,6 @@ class PhotoFolder:
             self.listed = os.listdir(self.folder)
         return self.listed
 
-    def find(self, name):
-        """Path of the photo that `name` names, and what is wrong with it ("" if nothing)."""
-        found = self.find_all(pd.Series([name], dtype=object)).iloc[0]
-        return Path(found["_path"]), found["_fault"]
-
     def find_all(self, names, look=map, once=None):
         """`_path` and `_fault` of the photos that a column of names names, "" where nothing is wrong.
 
