@@ -1,6 +1,7 @@
 """What computes: the device, its precision, and the processes that torchrun has started to do one run together."""
 
 import os
+import socket
 import traceback
 
 import torch
@@ -83,6 +84,12 @@ def together(run):
         raise
     group.leave(status)
     return status
+
+
+def check_seen(path, group):
+    """Stop where a process on another machine does not see a file that the first process has found."""
+    if group.rank and not os.path.lexists(path):
+        raise UserError(f"{socket.gethostname()} does not see {path}: all machines need the same folders")
 
 
 def cores():

@@ -14,7 +14,6 @@ Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high ar
 
 import os
 import signal
-import socket
 import sys
 
 if __name__ == "__main__":  # while the libraries load; main() takes over
@@ -31,7 +30,7 @@ import pandas as pd
 import torch
 
 import calibration
-from devices import cores, pick_device, together
+from devices import check_seen, cores, pick_device, together
 from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
 from loaders import EXTRACTION_BATCH, bar, in_threads
 from metadata import MetadataEncoder
@@ -214,8 +213,8 @@ def weigh_share(scale, table, group):
         torch.set_num_threads(threads)
     predicted, unlike, faults = (np.concatenate(column) for column in zip(*parts, strict=True))
     lost = table["_path"][(faults == "no such file") & (table["fault"] == "")]
-    if group.rank and len(lost) and not os.path.lexists(lost.iloc[0]):
-        raise UserError(f"{socket.gethostname()} does not see {lost.iloc[0]}: all machines need the same folders")
+    for path in lost[:1]:
+        check_seen(path, group)
     return pd.DataFrame({"predicted": predicted, "unlike": unlike, "fault": faults.astype(object)}, index=table.index)
 
 

@@ -30,7 +30,6 @@ import functools
 import importlib
 import logging
 import math
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +42,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as transforms
 
 from calibration import calibrate, describe_features, distances, limit_of
-from devices import ALONE, cores, pick_device, pick_precision, together
+from devices import ALONE, check_seen, cores, pick_device, pick_precision, together
 from feature_store import KEY_LENGTH, digest
 from inputs import (
     PhotoFolder,
@@ -175,8 +174,8 @@ def filter_missing_images(labels, image_dir, target, group=ALONE):
 
     def look_at(photo):
         content, fault = (b"", photo[1]) if photo[1] else check_photo(photo[0])
-        if group.rank and fault == "no such file" != photo[1] and not os.path.lexists(photo[0]):
-            raise UserError(f"{socket.gethostname()} does not see {photo[0]}: all machines need the same folders")
+        if fault == "no such file" != photo[1]:
+            check_seen(photo[0], group)
         return digest(content), fault
 
     photos = list(zip(found["_path"], found["_fault"], strict=True))
