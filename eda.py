@@ -6,180 +6,219 @@
 
 Writes figures/target_distribution.png, sample_images.png, correlation_heatmap.png, age_vs_biomass.png,
                image_pixel_analysis.png, green_area_vs_biomass.png
-       results/eda_summary.json: counts and statistics; `audit`: faults by row and file, and facts of the structure;
-               `baselines`: the error in grams that a model has to beat
+       results/eda_summary.json: statistics; `audit`, faults by row and file and facts of the structure; `baselines`,
+               the errors that a model has to beat
 """
 
 import os
 import signal
 import sys
 
-if __name__ == "__main__":  # while the libraries load; main() takes over
+if __name__ == "__main__":  # before the libraries, which take seconds to load
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("eda.py: interrupted\n"), os._exit(130)))
 
 import argparse
+import difflib
 import hashlib
 import io
 import json
 import logging
+import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from PIL import Image, ImageStat
-from tqdm import tqdm
+import seaborn
+from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from sklearn.model_selection import GroupKFold
+from tqdm.contrib.concurrent import thread_map
 
-from calibration import rmse_interval
-from inputs import (
-    PHOTO_SUFFIXES,
-    PhotoFolder,
-    UserError,
-    as_if_in_mg,
-    decoding,
-    fault_of,
-    one_line,
-    open_image,
-    open_photo,
-    read_photo_file,
-    read_sheet,
-    to_numbers,
-)
-from metadata import HARVEST_COLUMNS
-from outputs import Parser, alone, check_writable, logging_to_console, whole_file
-
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+PHOTO_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP")  # not all of Pillow's: one of them starts Ghostscript
+MOST_PIXELS = 89_000_000  # of a photo, what Pillow takes without a warning
+MOST_BYTES = 2**28  # of a photo's file
+HEADER_WITHIN = 20  # rows of a sheet in which the column names are looked for
+DRAWN_MARK = "drawn_expected_weights.csv"  # make_sample_data.py leaves it beside its sheet: the data are drawn
 CHANNELS = ["red", "green", "blue"]
-DEFAULT_GROUP_BY = ["plant_number"]  # as the study did
-PLANT_COLUMNS = ["experiment_id", "plant_number"]  # plant numbers restart in every experiment
-ID_COLUMNS = ["filename", "lab_book_page", *PLANT_COLUMNS]
+PLANT = ["experiment_id", "plant_number"]  # plant numbers restart in every experiment
+NUMBERS = ["timestamp", "age_days", "fresh_weight_total", "fresh_weight_shoot", "fresh_weight_root"]  # if absent, empty
 # Soil has an excess green near 0. Orange light lacks blue and lifts the pale grains to 0.1 or 0.2; leaves keep 0.3 to
 # 0.5 under it as under white light: one threshold between the two serves all experiments.
 EXCESS_GREEN = 0.25
 DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is noise
-FOLDS = 5
-SHOWN = 5  # rows or files that one line of text names; the audit in the summary names all
-MOST_COLUMNS, MOST_AGES, MOST_PIXELS_WIDE = 40, 40, 600  # that a figure shows: columns, boxes, pixels of a sample photo
-FAULTS = {
-    "text_weights": "weights written as text",
-    "cells_not_numbers": "cells that are no number in a column of numbers",
-    "negative_weights": "negative weights",
-    "zero_weights": "weights of zero",
-    "weights_as_if_in_mg": "weights some 1000 times the others, as if in mg",
-    "wrong_totals": "total weights that are not shoot + root",
-    "rows_twice": "rows that repeat an earlier row",
-    "photos_with_several_weights": "photos with several weights",
-    "missing_photos": "rows without their photo",
-    "unreadable_photos": "unreadable photos",
-    "unused_photos": "photos that no row names",
-    "photos_not_rgb": "photos that are not 8-bit RGB",
-    "photos_under_several_names": "photos under several names",
-    "decreasing_ages": "ages that decrease with time within a plant",
-}
 
-logger = logging.getLogger("train_model")
+logger = logging.getLogger("eda")
 
 
-# Data
+class UserError(Exception):
+    """A mistake that its one-line message tells how to mend."""
 
 
-def load_labels(path, target, group_by):
-    """Return the sheet, and the same rows as they were typed, where a weight of text still shows.
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
-    A column becomes one of numbers if more than half of its filled cells are numbers, times become Unix seconds, and
-    an id is the same typed as a number or as text.
+
+# From here to fault_of alike in train_model.py, on purpose: each script stands alone
+def read_sheet(path, columns=()):
+    """The rows of an .xlsx, .csv or .parquet sheet that hold anything; row + 2 is their number in a spreadsheet.
+
+    The column names are in the row of `filename`, among the first twenty. `filename` is text without outer spaces,
+    other cells are as typed. Raises UserError for an unreadable sheet and a column that is not there once.
     """
-    if target == "filename":
-        raise UserError("--target filename: the file names are no weights; name the column of the weights")
-    typed = read_sheet(path, [target] if group_by == DEFAULT_GROUP_BY else [target, *group_by])
-    sheet = typed.copy()
-    sheet[target] = to_numbers(typed[target])
-    for column in sheet.columns.drop(["filename", target]):
-        cells = typed[column]
-        numbers = to_seconds(cells) if column == "timestamp" else to_numbers(cells)
-        if column not in ID_COLUMNS and column not in group_by:
-            if numbers.count() > cells.count() / 2:
-                sheet[column] = numbers
-        elif not pd.api.types.is_numeric_dtype(cells):
-            sheet[column] = numbers if numbers.count() == cells.count() else cells.astype("string").str.strip()
-    if sheet[target].count() == 0:
-        raise UserError(f"no row of {path} has a number in '{target}'")
-    return sheet.copy(), typed  # in one piece again, as columns were replaced one by one
-
-
-def to_seconds(cells):
-    """Times as Unix seconds, from numbers, dates, and dates written as text: the day before the month if both fit."""
-    seconds = to_numbers(cells)
-    text = cells[seconds.isna()].dropna().astype("string")
-    ways = ({"format": "ISO8601"}, {"dayfirst": True}, {})
-    dates = max((pd.to_datetime(text, errors="coerce", utc=True, **way) for way in ways), key=pd.Series.count)
-    return seconds.fillna(to_numbers(dates.dt.tz_localize(None)))
-
-
-def has_numbers(sheet, *columns):
-    return all(column in sheet and pd.api.types.is_numeric_dtype(sheet[column]) for column in columns)
-
-
-def find_photos(folder, sheet):
-    """Spell each `filename` of the sheet as the folder does; return the sheet, and the fault of each name not found."""
-    names = sheet["filename"].dropna().drop_duplicates()
-    found = folder.find_all(names).set_axis(names)
-    faults = found["_fault"][found["_fault"] != ""].to_dict()
-    good = found["_path"][found["_fault"] == ""]
-    spelt = {name: Path(path).relative_to(folder.folder).as_posix() for name, path in good.items()}
-    other = [f"'{name}' is {found}" for name, found in spelt.items() if name != found]
-    if other:
-        logger.info(line("file names of the sheet that the folder spells otherwise", other))
-        names = sheet["filename"].map(lambda name: spelt.get(name, name), na_action="ignore")
-        sheet = sheet.assign(filename=names.astype("string"))
-    return sheet, faults
-
-
-def list_photos(folder):
-    """Names of the folder's own photos: no hidden file, pipe or folder, and no link that leads out."""
-    for name in folder.names():
-        if name.lower().endswith(PHOTO_SUFFIXES) and not name.startswith("."):
-            path = folder.folder / name
-            if path.is_file() and not (path.is_symlink() and folder.look_for(name)[1]):
-                yield name
-
-
-def scan_photos(folder, found):
-    """Open once each photo of the folder and each that was `found` for the sheet.
-
-    Returns what they tell, a row a file name.
-    """
-    names = sorted({*found, *list_photos(folder)})
-    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))  # threads do: the libraries release the interpreter
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no label sheet at {path}: pass --labels_path with a file")
     try:
-        looks = pool.map(look_at, [folder.folder / name for name in names])
-        looks = list(tqdm(looks, total=len(names), desc="photos", unit="photo", disable=None))
-    finally:  # at Ctrl-C without the photos that wait
-        pool.shutdown(cancel_futures=True)
+        cells = read_cells(path)
+    except Exception as error:  # pandas, calamine and pyarrow raise their own
+        raise UserError(f"cannot read {path} as .xlsx, .csv or .parquet ({one_line(error)}): save it anew") from error
+    top = cells.head(HEADER_WITHIN).astype("string").apply(lambda column: column.str.strip())
+    header = next((row for row in top.index if top.loc[row].eq("filename").any()), 0)
+    names = top.loc[header].fillna("").tolist() if len(top) else []
+    for name in ("filename", *columns):
+        if names.count(name) != 1:
+            nearest = "".join(f"; nearest: '{near}'" for near in difflib.get_close_matches(name, names, 1, 0))
+            fault = f"has several columns '{name}'" if name in names else f"has no column '{name}'{nearest}"
+            raise UserError(f"{path} {fault}; rename one of its columns: {', '.join(filter(None, names[:30]))}")
+    first = [bool(name) and name not in names[:place] for place, name in enumerate(names)]
+    sheet = cells.loc[header + 1 :].set_axis(names, axis=1).loc[:, first].dropna(how="all")
+    sheet = sheet.set_axis(sheet.index - 1).infer_objects()
+    return sheet.assign(filename=sheet["filename"].astype("string").str.strip().replace("", pd.NA))
+
+
+def read_cells(path):
+    """All cells of a sheet, its column names among them, as a table of numbered rows and columns."""
+    content = path.read_bytes()
+    if content.startswith(b"PAR1"):
+        table = pd.read_parquet(io.BytesIO(content))
+        return pd.concat([pd.DataFrame([list(table)], columns=table.columns), table], ignore_index=True)
+    if content.startswith((b"PK", b"\xd0\xcf\x11\xe0")):  # Excel's formats, the old ones as refused by calamine
+        return pd.read_excel(io.BytesIO(content), header=None, engine="calamine")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise ValueError("it is neither a spreadsheet nor text")
+    lines = text.splitlines()
+    title = next((line for line in lines[:HEADER_WITHIN] if "filename" in line), "")
+    mark = max(",;\t", key=title.count)
+    width = max((line.count(mark) for line in lines), default=0) + 1
+    cells = pd.read_csv(io.StringIO(text), sep=mark, header=None, names=range(width), dtype=str, skip_blank_lines=False)
+    beyond = cells.iloc[:, title.count(mark) + 1 :].notna().any(axis=1)  # say an unquoted 0,25 between commas
+    if title and beyond.any():
+        raise ValueError(f"row {beyond.idxmax() + 1} has more cells than there are columns, put '{mark}' in quotes")
+    return cells
+
+
+def to_numbers(cells):
+    """Cells as floats: "0,25" is 0.25, a date its Unix seconds; what is no number, or beyond float32, is NaN."""
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        cells = (pd.to_datetime(cells, utc=True) - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    elif not pd.api.types.is_numeric_dtype(cells):
+        cells = pd.to_numeric(cells.astype("string").str.strip().str.replace(",", ".", regex=False), errors="coerce")
+    numbers = cells.astype(float)
+    return numbers.where(numbers.abs() <= np.finfo(np.float32).max)
+
+
+def to_ids(cells):
+    """Cells as ids: 12, "12", "12 " and 12.0 are the same id, whatever else the column holds."""
+    text = cells.astype("string").str.strip().replace("", pd.NA)
+    return text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+
+
+def find_photos(names, folder):
+    """Path and fault ("" if none) of each photo that a sheet names; letter case may differ, no path leaves `folder`."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no image folder at {folder}: pass --image_dir with the folder of the photos")
+    root, spelled = os.path.realpath(folder), {}
+    for parent, _, files in os.walk(root):
+        for file in files:
+            name = os.path.relpath(os.path.join(parent, file), root).replace(os.sep, "/")
+            spelled.setdefault(name.casefold(), []).append(name)
+    found = []
+    for name in names:
+        wanted = os.path.normpath(str(name).replace("\\", "/")).replace(os.sep, "/")
+        same = spelled.get(wanted.casefold(), [])
+        same = [wanted] if wanted in same else same
+        path = os.path.join(root, same[0] if len(same) == 1 else os.path.basename(wanted))
+        inside = os.path.realpath(path).startswith(os.path.join(root, ""))
+        fault = "" if len(same) == 1 else "several files of this name" if same else "no such file"
+        outside = not inside or wanted.startswith(("/", "..")) or wanted[1:2] == ":"
+        found.append((path, "leads out of the image folder" if outside else fault))
+    return found
+
+
+def read_photo(path):
+    """Bytes of a photo's file. Raises OSError where it cannot be read, ValueError where it is no file for a photo."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError("it is no ordinary file")  # a pipe would be waited for
+    if not 0 < os.path.getsize(path) <= MOST_BYTES:
+        raise ValueError(f"its file is empty or larger than {MOST_BYTES // 2**20} MiB")
+    return Path(path).read_bytes()
+
+
+def open_photo(content):
+    """A photo from its path or bytes as 8-bit RGB, turned upright by its EXIF tag, transparency laid over white."""
+    content = content if isinstance(content, bytes) else read_photo(content)
+    with Image.open(io.BytesIO(content), formats=PHOTO_FORMATS) as file:
+        if file.width * file.height > MOST_PIXELS:
+            raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels; make it smaller")
+        photo = ImageOps.exif_transpose(file)
+        if photo.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
+            photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
+        if photo.mode in ("LA", "PA", "RGBA") or "transparency" in photo.info:
+            photo = photo.convert("RGBA")
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+        return photo.convert("RGB")
+
+
+def fault_of(error):
+    """What is wrong with a photo, in a few words without its path."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text holds a memory address
+        return "unreadable photo (it is no photo)"
+    return f"unreadable photo ({getattr(error, 'strerror', None) or one_line(error)})"
+
+
+def load_labels(path, folder, target, group_by):
+    """The sheet with numbers and ids in its cells and names as in the folder, the same as typed, each photo's fault."""
+    typed = read_sheet(path, sorted({target, *group_by} - {"plant_number"}))
+    typed = typed.reindex(columns=[*dict.fromkeys([*typed, *PLANT, *NUMBERS])])
+    sheet, found = typed.copy(), find_photos(typed["filename"], folder)
+    sheet["filename"] = [None if fault else os.path.relpath(path, os.path.realpath(folder)) for path, fault in found]
+    for column in typed.columns.drop("filename"):
+        is_id = column in [*PLANT, *group_by]
+        cells = to_ids(typed[column]) if is_id else typed[column]
+        numbers = to_numbers(cells)
+        fits = numbers.nunique() == cells.nunique() if is_id else numbers.count() > cells.count() / 2
+        sheet[column] = numbers if fits or column in [target, *NUMBERS] else cells
+    if target == "filename" or not sheet[target].count():
+        raise UserError(f"no row of {path} has a number in '{target}': name the column of the weights by --target")
+    return sheet, typed, pd.Series([fault for _, fault in found], typed.index)
+
+
+def scan_photos(named, folder):
+    """Open once each photo that is named or in the folder, by threads, as Pillow releases the interpreter."""
+    own = [name for name in os.listdir(folder) if name.lower().endswith(PHOTO_SUFFIXES) and name[0] != "."]
+    names = sorted({*named.dropna(), *(name for name in own if (folder / name).is_file())})
+    looks = thread_map(look_at, [folder / name for name in names], desc="photos", unit="photo", disable=None)
     columns = ["problem", "mode", "size", "digest", "green_area", *CHANNELS]
     return pd.DataFrame(looks, index=pd.Index(names, dtype=object), columns=columns)
 
 
 def look_at(path):
-    """What one photo tells: mode, size, digest of its pixels, mean channels (0..1) and green area, or its problem."""
+    """What one photo tells: mode, size, digest of its pixels, green area and mean channels (0..1), or its problem."""
     try:
-        content = read_photo_file(path)
-        with open_image(content) as file, decoding(file):
-            return {"mode": file.mode} | describe_photo(open_photo(content))
-    except MemoryError:
-        raise
+        content = read_photo(path)
+        photo, mode = open_photo(content), Image.open(io.BytesIO(content)).mode
     except Exception as error:  # a broken file makes Pillow raise almost anything
         return {"problem": fault_of(error)}
-
-
-def describe_photo(photo):
     size = f"{photo.width}x{photo.height}"
-    look = {"size": size, "digest": hashlib.sha256(size.encode() + photo.tobytes()).hexdigest()}
+    digest = hashlib.sha256(size.encode() + photo.tobytes()).hexdigest()
     means = dict(zip(CHANNELS, np.array(ImageStat.Stat(photo).mean) / 255, strict=True))
-    return look | means | {"green_area": green_area(photo)}
+    return {"mode": mode, "size": size, "digest": digest, "green_area": green_area(photo)} | means
 
 
 def green_area(photo):
@@ -192,580 +231,268 @@ def green_area(photo):
     return float(np.mean((3 * green - total > EXCESS_GREEN * total) & (total > DARK)))
 
 
-def summarize(sheet, photos, target):
-    """Counts and statistics of the sheet; shares are fractions, what the sheet does not tell is None."""
-    weights = sheet[target]
-    photos_per_number = sheet["plant_number"].value_counts() if "plant_number" in sheet else None
-    seconds = sheet["timestamp"] if has_numbers(sheet, "timestamp") else None
+def name_rows(typed, rows, *columns):
+    """Name rows by their number in a spreadsheet, their photo, and what was typed into the columns."""
+    found = typed.loc[rows, ["filename", *columns]].astype(object).itertuples(name=None)
+    return [f"row {row + 2} ({name}): {', '.join(map(str, cells))}" for row, name, *cells in found]
+
+
+def find_faults(sheet, typed, missing, photos, target):
+    weights, names = sheet[target], sheet["filename"]
+    text = typed[target].map(lambda cell: isinstance(cell, str)) & weights.notna()
+    lost = ((column, sheet[column].isna() & typed[column].notna()) for column in typed.columns.drop("filename"))
+    total, shoot, root = (sheet[column] for column in NUMBERS[2:])
+    off = (total - shoot - root).abs() > 0.001 + 0.01 * total.abs()  # more than rounding three weights explains
+    modes, twins = photos["mode"].dropna(), photos["digest"].dropna()[lambda digests: digests.duplicated(keep=False)]
+    return {
+        "text_weights": name_rows(typed, text & (text.mean() < 0.5), target),  # in a CSV file all cells are text
+        "cells_not_numbers": [f"{name} in {column}" for column, at in lost for name in name_rows(typed, at, column)],
+        "negative_weights": name_rows(typed, weights < 0, target),
+        "wrong_totals": name_rows(typed, off, *NUMBERS[2:]),
+        "rows_twice": name_rows(typed, names.notna() & sheet.duplicated(["filename", target]), target),
+        "photos_with_several_weights": name_rows(typed, weights.groupby(names).transform("nunique") > 1, target),
+        "missing_photos": name_rows(typed.assign(fault=missing), missing != "", "fault"),
+        "unreadable_photos": [f"{name}: {problem}" for name, problem in photos["problem"].dropna().items()],
+        "unused_photos": [*photos.index.difference(names.dropna())],
+        "photos_not_rgb": [f"{name}: mode {mode}" for name, mode in modes[modes != "RGB"].items()],
+        "photos_under_several_names": [" = ".join(same) for same in twins.index.groupby(twins).values()],
+    }
+
+
+def summarize(sheet, typed, missing, photos, target):
+    """Statistics and audit, in which a fault wants mending and a fact wants knowing; shares are fractions."""
+    weights, times, photos_per_number = sheet[target], sheet["timestamp"], sheet["plant_number"].value_counts()
+    experiments = sheet.groupby("plant_number")["experiment_id"].nunique()
+    plants = {"numbers": len(experiments), "in_several_experiments": (experiments > 1).sum()}
+    r, empty = sheet.select_dtypes("number").corr(min_periods=10)[target].drop(target), sheet.isna().mean()
+    facts = {
+        "missing_share": empty[empty > 0].to_dict(),
+        "photo_sizes": photos["size"].value_counts().to_dict(),
+        "plants": plants | {"by_experiment_and_number": sheet.groupby(PLANT).ngroups},
+        "columns_that_tell_the_answer": r[r.index.str.contains("weight|shoot|root") | (r.abs() > 0.95)].to_dict(),
+    }
+    faults = find_faults(sheet, typed, missing, photos, target)
+    counted = {name: {"count": len(found), "found": found} for name, found in faults.items()}
     return {
         "num_records": len(sheet),
         "num_images_on_disk": len(photos),
         "num_labeled": weights.count(),
         "pct_labeled": weights.notna().mean(),
         "fresh_weight_stats": weights.describe().to_dict() | {"count": weights.count()},
-        "age_missing_pct": sheet["age_days"].isna().mean() if "age_days" in sheet else None,
+        "age_missing_pct": sheet["age_days"].isna().mean(),
         "target_missing_pct": weights.isna().mean(),
-        "plants_with_multiple_samples": None if photos_per_number is None else (photos_per_number > 1).sum(),
-        "max_images_per_plant": None if photos_per_number is None else photos_per_number.max(),
-        "timestamp_span_days": None if seconds is None else (seconds.max() - seconds.min()) / 86400,
+        "plants_with_multiple_samples": (photos_per_number > 1).sum(),
+        "max_images_per_plant": photos_per_number.max(),
+        "timestamp_span_days": (times.max() - times.min()) / 86400,
+        "data_quality_issues": [*describe(faults), *describe(facts)],
+        "audit": {"faults": counted, "facts": facts},
     }
 
 
-# Audit: a fault wants mending, a fact wants knowing
-
-
-def audit_data(sheet, typed, photos, not_found, target):
-    """Return {"faults": {name: {count, found}}, "facts"}; rows are named by their number in Excel.
-
-    A check that lacks a column of the sheet has found None.
-    """
-    filenames = sheet["filename"].fillna("no file name")
-    names = [f"row {row + 2} ({short(name)})" for row, name in filenames.items()]
-    names = pd.Series(names, sheet.index, dtype=object)
-    found = weight_faults(sheet, typed, target, names) | row_faults(sheet, target, names)
-    found |= photo_faults(sheet, photos, not_found, names)
-    found |= {"wrong_totals": wrong_totals(sheet, names), "decreasing_ages": decreasing_ages(sheet, names)}
-    facts = {
-        "missing_share": sheet.isna().mean().to_dict(),
-        "photo_sizes": photos["size"].value_counts().to_dict(),
-        "photo_modes": photos["mode"].value_counts().to_dict(),
-        "weight_outliers_at_age": weight_outliers(sheet, target, names),
-        "plants": count_plants(sheet),
-        "columns_that_tell_the_answer": telling_columns(sheet, target),
-    }
-    counts = {name: None if items is None else len(items) for name, items in found.items()}
-    return {"faults": {name: {"count": counts[name], "found": found[name]} for name in FAULTS}, "facts": facts}
-
-
-def short(text, most=100):
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def tell(template, *columns):
-    """The template filled in for each row of the columns, which are of one length."""
-    return [template.format(*cells) for cells in zip(*columns, strict=True)]
-
-
-def weight_faults(sheet, typed, target, names):
-    weights, cells = sheet[target], typed[target]
-    text = cells[cells.map(lambda cell: isinstance(cell, str)) & weights.notna()]
-    if len(text) > weights.count() / 2:  # a CSV file, where all is text: the rarer decimal mark is the odd one
-        commas, points = text.str.contains(",", regex=False), text.str.contains(".", regex=False)
-        text = text[commas if commas.sum() < points.sum() else points]
-    lost = []
-    for column in sheet.columns.drop("filename"):
-        gone = sheet[column].isna() & typed[column].notna()
-        quoted = typed.loc[gone, column].map(lambda cell: short(str(cell)))
-        lost += [f"{name}: {column} '{cell}'" for name, cell in zip(names[gone], quoted, strict=True)]
-    negative, in_mg = weights < 0, as_if_in_mg(weights)
-    return {
-        "text_weights": tell("{}: '{}' read as {:g}", names[text.index], text.map(short), weights[text.index]),
-        "cells_not_numbers": lost,
-        "negative_weights": tell("{}: {:g}", names[negative], weights[negative]),
-        "zero_weights": [*names[weights == 0]],
-        "weights_as_if_in_mg": tell("{}: {:g}", names[in_mg], weights[in_mg]),
-    }
-
-
-def wrong_totals(sheet, names):
-    """Rows off by more than 1 mg and 1 %, which is more than rounding three weights explains."""
-    if not has_numbers(sheet, "fresh_weight_total", "fresh_weight_shoot", "fresh_weight_root"):
-        return None
-    total, parts = sheet["fresh_weight_total"], sheet["fresh_weight_shoot"] + sheet["fresh_weight_root"]
-    off = (total - parts).abs() > 0.001 + 0.01 * parts.abs()
-    return tell("{}: {:g}, not {:g}", names[off], total[off], parts[off])
-
-
-def row_faults(sheet, target, names):
-    rows = sheet[["filename", target]].dropna(subset="filename")
-    rows = rows[rows["filename"].duplicated(keep=False)]
-    first = rows.index.to_series().groupby([rows["filename"], rows[target]], dropna=False).transform("min")
-    again = first[first != first.index]
-    rows = rows.dropna(subset=target)
-    rows = rows[rows.groupby("filename")[target].transform("nunique") > 1]
-    several = {}
-    for row, filename, weight in zip(rows.index, rows["filename"], rows[target], strict=True):
-        several.setdefault(filename, []).append(f"{weight:g} in row {row + 2}")
-    return {
-        "rows_twice": tell("{} repeats row {}", names[again.index], again + 2),
-        "photos_with_several_weights": [f"{name}: {', '.join(weights)}" for name, weights in sorted(several.items())],
-    }
-
-
-def photo_faults(sheet, photos, not_found, names):
-    listed = sheet["filename"].isin(photos.index)
-    missing = sheet.loc[~listed, "filename"].fillna("")
-    reasons = [f": {not_found[name]}" if name in not_found else "" for name in missing]
-    problems, odd = photos["problem"].dropna(), photos["mode"].dropna().loc[lambda mode: mode != "RGB"]
-    return {
-        "missing_photos": tell("{}{}", names[~listed], reasons),
-        "unreadable_photos": tell("{}: {}", problems.index, problems),
-        "unused_photos": [*photos.index.difference(sheet["filename"].dropna())],
-        "photos_not_rgb": tell("{}: mode {}", odd.index, odd),
-        "photos_under_several_names": same_photos(sheet, photos),
-    }
-
-
-def same_photos(sheet, photos):
-    digests = photos["digest"].dropna()
-    digests = digests[digests.duplicated(keep=False)]
-    rows = sheet.assign(digest=sheet["filename"].map(digests)).dropna(subset="digest")
-    plants = rows.drop_duplicates(["digest", *(column for column in PLANT_COLUMNS if column in sheet)])
-    plants = plants["digest"].value_counts()
-    same = {}
-    for name, digest in digests.items():
-        same.setdefault(digest, []).append(name)
-    return sorted(f"{' = '.join(same[digest])} (plants: {plants.get(digest, 0)})" for digest in same)
-
-
-def decreasing_ages(sheet, names):
-    if not (has_numbers(sheet, "timestamp", "age_days") and {*PLANT_COLUMNS} <= {*sheet}):
-        return None
-    rows = sheet.sort_values("timestamp", kind="stable").dropna(subset=["timestamp", "age_days"])
-    ages, step = rows["age_days"], rows.groupby(PLANT_COLUMNS)["age_days"].diff()
-    back = step < 0
-    return tell("{}: {:g} days after {:g}", names[rows.index[back]], ages[back], (ages - step)[back])
-
-
-def weight_outliers(sheet, target, names):
-    """Weights whose log lies beyond 1.5 interquartile ranges of the quartiles at their age; None without ages."""
-    if not has_numbers(sheet, "age_days"):
-        return None
-    rows = sheet[sheet[target] > 0].dropna(subset="age_days")
-    logs, ages = np.log(rows[target]), rows["age_days"]
-    low, high = (logs.groupby(ages).transform("quantile", q) for q in (0.25, 0.75))
-    beyond = rows.index[(logs < low - 1.5 * (high - low)) | (logs > high + 1.5 * (high - low))]
-    return tell("{}: {:g} at {:g} days", names[beyond], rows.loc[beyond, target], ages[beyond])
-
-
-def count_plants(sheet):
-    if not {*PLANT_COLUMNS} <= {*sheet}:
-        return None
-    experiments, photos = sheet.groupby("plant_number")["experiment_id"].nunique(), sheet.groupby(PLANT_COLUMNS).size()
-    return {
-        "plant_numbers": len(experiments),
-        "plant_numbers_in_several_experiments": (experiments > 1).sum(),
-        "plants": len(photos),
-        "max_images_per_plant": photos.max(),
-    }
-
-
-def correlations(sheet, target, least):
-    """Pearson's r of the target with each other column of numbers; NaN where fewer than `least` rows have both."""
-    columns = [*sheet.select_dtypes("number", exclude="timedelta")]
-    r = {}
-    for column in columns:
-        if column != target:
-            pair = sorted([column, target], key=columns.index)
-            r[column] = sheet[pair].corr(min_periods=least).iloc[0, 1]
-    return pd.Series(r, dtype=float)
-
-
-def telling_columns(sheet, target):
-    """Columns measured at harvest, or with |r| above 0.95 over ten rows or more, and their r."""
-    r = correlations(sheet, target, 10)
-    return {column: value for column, value in r.items() if column in HARVEST_COLUMNS or abs(value) > 0.95}
-
-
-def line(text, found, shown=SHOWN):
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return f"{text} ({len(found)}): {'; '.join(short(item, 300) for item in found[:shown])}{more}"
-
-
-def describe_audit(audit, num_records):
-    """The audit as texts that carry its numbers."""
-    facts, plants = audit["facts"], audit["facts"]["plants"]
-    texts = [line(FAULTS[name], fault["found"]) for name, fault in audit["faults"].items() if fault["count"]]
-    gaps = [
-        f"{name} {share * num_records:.0f} ({share:.2%})" for name, share in facts["missing_share"].items() if share
-    ]
-    if gaps:
-        texts.append(line(f"columns with empty cells in {num_records} rows", gaps, MOST_COLUMNS))
-    if facts["weight_outliers_at_age"]:
-        texts.append(line("weights beyond 1.5 IQR of the log weight at their age", facts["weight_outliers_at_age"]))
-    if plants and plants["plant_numbers_in_several_experiments"]:
-        texts.append(
-            f"{plants['plant_numbers_in_several_experiments']} of {plants['plant_numbers']} plant numbers recur in "
-            f"several experiments: experiment_id and plant_number together make {plants['plants']} plants"
-        )
-    if len(facts["photo_sizes"]) > 1:
-        texts.append(line("photo sizes", [f"{size}: {n} photos" for size, n in facts["photo_sizes"].items()]))
-    telling = [f"{name} r = {r:.2f}" for name, r in facts["columns_that_tell_the_answer"].items()]
-    if telling:
-        texts.append(line("columns that tell the answer, no model input", telling, MOST_COLUMNS))
-    not_checked = [FAULTS[name] for name, fault in audit["faults"].items() if fault["count"] is None]
-    return texts + [f"not checked, for want of a column of numbers: {text}" for text in not_checked]
-
-
-# Baselines
-
-
-def weighed_areas(sheet, photos, target):
-    """Rows with a readable photo and a weight above zero: their indices, green areas and weights."""
-    areas = sheet["filename"].map(photos["green_area"]).astype(float)
-    usable = areas.notna() & (sheet[target] > 0)
-    return sheet.index[usable], areas[usable].to_numpy(), sheet.loc[usable, target].to_numpy()
+def describe(audit):
+    """A line of text for each fault or fact."""
+    for name, found in audit.items():
+        shown = [f"{key} {value:.4g}" for key, value in found.items()] if isinstance(found, dict) else found[:5]
+        more = f" and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+        if found:
+            yield f"{name.replace('_', ' ')} ({len(found)}): {'; '.join(shown)}{more}"
 
 
 def fit_law(areas, grams):
-    """Fit W = a * A^b on logarithms; return a, b, the smearing factor and the mean weight as a function of area.
+    """Fit W = a * A^b on logarithms; return its numbers, and the mean weight as a function of area.
 
     The exponential of a mean logarithm falls short of the mean weight; Duan (1983, JASA 78:605-610) multiplies by the
-    mean exponential of the residuals. A photo without green has no logarithm: it is left out of the fit and weighs as
-    much as the smallest area in it. Raises ValueError for fewer than two areas.
+    mean exponential of the residuals. A photo without green is left out and weighs as much as the smallest area.
     """
     seen = areas > 0
-    if np.unique(areas[seen]).size < 2:
-        raise ValueError("fewer than two weighed photos differ in green area")
     log_area, log_grams = np.log(areas[seen]), np.log(grams[seen])
     b, log_a = np.polyfit(log_area, log_grams, 1)
     a, smearing = np.exp(log_a), np.exp(log_grams - log_a - b * log_area).mean()
-    return a, b, smearing, lambda area: smearing * a * np.maximum(area, areas[seen].min()) ** b
-
-
-def measure_baselines(sheet, photos, target, group_by, seed):
-    """Errors in grams of the training mean and of the law of green area on held-out groups; None for too few."""
-    from sklearn.metrics import r2_score, root_mean_squared_error  # here, as it takes a second that --help can spare
-    from sklearn.model_selection import GroupKFold
-
-    if not {*group_by} <= {*sheet}:
-        return None
-    rows, areas, grams = weighed_areas(sheet, photos, target)
-    groups = sheet.loc[rows].groupby(group_by, dropna=False).ngroup().to_numpy()
-    guesses = {"training_mean": np.empty_like(grams), "green_area_law": np.empty_like(grams)}
-    try:  # GroupKFold and fit_law raise ValueError for too few groups and areas
-        for train, held_out in GroupKFold(FOLDS, shuffle=True, random_state=seed).split(areas, groups=groups):
-            guesses["training_mean"][held_out] = grams[train].mean()
-            guesses["green_area_law"][held_out] = fit_law(areas[train], grams[train])[-1](areas[held_out])
-        a, b, smearing, _ = fit_law(areas, grams)
-    except ValueError:
-        return None
-    if not all(np.isfinite(guess).all() for guess in guesses.values()):  # too steep a law
-        return None
-    scores = {
-        name: {
-            "rmse": root_mean_squared_error(grams, guess),
-            "rmse_ci95": rmse_interval(guess - grams, groups, seed),
-            "r2": r2_score(grams, guess),
-        }
-        for name, guess in guesses.items()
-    }
     law = {"law": "smearing_factor * a * A^b", "a": a, "b": b, "smearing_factor": smearing}
-    mask = f"excess green above {EXCESS_GREEN} (Woebbecke et al. 1995)"
-    law |= {"area_unit": "share of the frame, 0..1", "mask": mask, "rows_without_green": (areas == 0).sum()}
-    scores["green_area_law"] |= law
-    how = f"{FOLDS}-fold cross-validation by {', '.join(group_by)}, scored over all held-out rows"
-    return {"how": how, "rows": len(rows), "groups": len(set(groups)), **scores}
+    return law, lambda area: smearing * a * np.maximum(area, areas[seen].min()) ** b
 
 
-# Plots: each is named as its file and returns a figure; ValueError says why there is none
-
-
-def readable(column):
-    return column.replace("_", " ").capitalize() + (" (g)" if "weight" in column else "")
-
-
-def plain_log(axis, low, high):
-    """Make an axis logarithmic, labelled in plain numbers: at 1, 2, 5 unless it spans four decades."""
-    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
-
-
-def target_distribution(sheet, photos, args):
-    weights = sheet[args.target].dropna()
-    positive = weights[weights > 0]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    linear, logarithmic = figure.subplots(1, 2)
-    linear.hist(weights, bins=40, color="seagreen")
-    linear.axvline(weights.mean(), color="black", label=f"mean {weights.mean():.4g}")
-    linear.axvline(weights.median(), color="black", linestyle="--", label=f"median {weights.median():.4g}")
-    linear.legend()
-    linear.set_title(f"All weights, n = {len(weights)}")
-    if len(positive):
-        low, high = positive.min() / 1.1, positive.max() * 1.1
-        logarithmic.hist(positive, bins=np.geomspace(low, high, 41), color="seagreen")
-        plain_log(logarithmic.xaxis, low, high)
-    logarithmic.set_title(f"Weights above zero on a log axis, n = {len(positive)}")
-    for axes in (linear, logarithmic):
-        axes.set(xlabel=readable(args.target), ylabel="rows")
-    return figure
-
-
-def sample_images(sheet, photos, args):
-    rows = sheet[sheet["filename"].isin(photos.index[photos["problem"].isna()])].dropna(subset=args.target)
-    if rows.empty:
-        raise ValueError("no row has both a weight and a readable photo")
-    rng = np.random.default_rng(args.seed)
-    by_weight = rows.index[np.argsort(rows[args.target], kind="stable")]
-    chosen = [rng.choice(part) for part in np.array_split(by_weight, min(12, len(rows)))]
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    grid = figure.subplots(2, 6).ravel()
-    for axes, row in zip(grid, chosen, strict=False):
-        photo = open_again(args.image_dir / rows["filename"][row])
-        photo.thumbnail((MOST_PIXELS_WIDE, MOST_PIXELS_WIDE))
-        axes.imshow(photo)
-        age = f", {rows['age_days'][row]:g} days" if has_numbers(rows, "age_days") else ""
-        axes.set_title(f"row {row + 2}: {rows[args.target][row]:.4g} g{age.replace('nan days', 'no age')}", size=9)
-    for axes in grid:
-        axes.set_axis_off()
-    figure.suptitle(f"{readable(args.target)}: {len(chosen)} photos over its range, drawn from n = {len(rows)}")
-    return figure
-
-
-def open_again(path):
+def measure_baselines(sheet, target, group_by, seed):
+    """Errors of the training mean and of the law of green area on held-out groups; None for too few."""
+    rows = sheet[sheet[target] > 0].dropna(subset="photo_green_area")
+    areas, grams = rows["photo_green_area"].to_numpy(), rows[target].to_numpy()
+    groups = rows.groupby(group_by, dropna=False).ngroup()
+    guesses = {"training_mean": np.empty_like(grams), "green_area_law": np.empty_like(grams)}
     try:
-        return open_photo(path)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UserError(f"the photo {path} was replaced during the run ({fault_of(error)}): start it again") from error
+        for train, held_out in GroupKFold(5, shuffle=True, random_state=seed).split(areas, groups=groups):
+            guesses["training_mean"][held_out] = grams[train].mean()
+            guesses["green_area_law"][held_out] = fit_law(areas[train], grams[train])[1](areas[held_out])
+    except (TypeError, ValueError):  # of GroupKFold for too few groups, of polyfit for too few areas
+        return None
+    how, count = f"5-fold cross-validation by {', '.join(group_by)}, scored over all held-out rows", groups.nunique()
+    baselines = {"how": how, "rows": len(rows), "groups": count}
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), 2000)
+    for name, guess in guesses.items():  # the bootstrap draws groups, as the rows of a group err alike
+        squares = ((guess - rows[target]) ** 2).groupby(groups).agg(["sum", "size"]).to_numpy()
+        sums, sizes = (drawn @ squares).T
+        mse, interval = squares[:, 0].sum() / len(rows), np.percentile(np.sqrt(sums / sizes), [2.5, 97.5])
+        logger.info(f"{name.replace('_', ' ')}: RMSE {mse**0.5:.4f} {unit_of(target)}, R2 {1 - mse / grams.var():.3f}")
+        baselines[name] = {"rmse": mse**0.5, "rmse_ci95": interval.tolist(), "r2": 1 - mse / grams.var()}
+    baselines["green_area_law"] |= fit_law(areas, grams)[0] | {"rows_without_green": (areas == 0).sum()}
+    return baselines
 
 
-def correlation_heatmap(sheet, photos, args):
-    import seaborn  # here, as it takes a second that --help can spare
-
-    numbers = sheet.select_dtypes("number", exclude="timedelta").loc[:, lambda columns: columns.nunique() > 1]
-    if args.target not in numbers or numbers.shape[1] < 2:
-        raise ValueError(f"it needs {args.target} and another column of numbers that vary")
-    r = correlations(numbers, args.target, 1).sort_values(ascending=False, kind="stable")
-    strongest = r.abs().nlargest(MOST_COLUMNS, keep="first").index if len(r) > MOST_COLUMNS else r.index
-    order = r[r.index.isin(strongest)].index
-    filled = numbers[[args.target, *order]].notna().astype(int)
-    r, n = numbers[filled.columns].corr(min_periods=3).loc[order], (filled.T @ filled).loc[order]
-    above = np.triu(np.ones(r.shape, dtype=bool), k=1)
-    figure = Figure(figsize=(3 + 0.55 * len(order), 2 + 0.47 * len(order)), layout="constrained")
-    axes = figure.subplots()
-    style = {"cmap": "vlag", "vmin": -1, "vmax": 1, "linewidths": 0.5, "annot_kws": {"size": 7}, "fmt": ""}
-    marked = [name + " *" * (name in HARVEST_COLUMNS) for name in r.columns]
-    labels = {
-        "xticklabels": marked[:-1],
-        "yticklabels": marked[1:],
-        "cbar_kws": {"label": "Pearson's r", "shrink": 0.6},
-    }
-    texts = (r.map("{:.2f}\n".format) + n.astype(str)).iloc[:, :-1]
-    seaborn.heatmap(r.iloc[:, :-1], mask=above[:, :-1], annot=texts, ax=axes, **style, **labels)
-    of_all = f", the strongest {len(order)} of {numbers.shape[1] - 1}" if len(order) < numbers.shape[1] - 1 else ""
-    axes.set_title(
-        f"Correlation, sorted by r with {args.target}{of_all}\nbelow each r its rows n; * measured at harvest"
-    )
-    return figure
+def unit_of(target):
+    """Unit of the target: weights are in grams unless their name ends otherwise; of other columns it is not known."""
+    return "g" if "weight" in target.lower() and not target.lower().endswith(("_mg", "_kg")) else ""
 
 
-def age_vs_biomass(sheet, photos, args):
-    if not has_numbers(sheet, "age_days"):
-        raise ValueError("the sheet has no column age_days with numbers")
-    rows = sheet.dropna(subset="age_days")[lambda rows: rows[args.target] > 0]
-    if rows.empty:
-        raise ValueError("no row has both an age and a weight above zero")
-    ages = rows["age_days"]
-    if ages.nunique() > MOST_AGES:
-        width = (ages.max() - ages.min()) / (MOST_AGES - 1)
-        ages = (ages / width).round() * width
-    by_age = dict(list(rows.groupby(ages)[args.target]))
-    step = np.diff([*by_age]).min() if len(by_age) > 1 else 1
-    jittered = rows["age_days"] + step * np.random.default_rng(args.seed).uniform(-0.25, 0.25, len(rows))
-    figure = Figure(figsize=(11, 5), layout="constrained")
+def target_distribution(figure, sheet, photos, args):
+    weights = sheet[args.target].dropna().rename(args.label)
     linear, logarithmic = figure.subplots(1, 2)
-    for axes in (linear, logarithmic):
-        axes.scatter(jittered, rows[args.target], s=6, alpha=0.4, color="seagreen", linewidths=0)
-        axes.boxplot([*by_age.values()], positions=[*by_age], widths=0.6 * step, showfliers=False)
-        medians = [weights.median() for weights in by_age.values()]
-        axes.plot([*by_age], medians, color="darkorange", marker="o", label="trend of the median")
-        axes.set_xticks([*by_age], [f"{age:.4g}\nn = {len(weights)}" for age, weights in by_age.items()])
-        axes.set(xlabel="age (days)", ylabel=readable(args.target))
-        axes.legend(loc="upper left")
-    plain_log(logarithmic.yaxis, rows[args.target].min(), rows[args.target].max())
-    figure.suptitle(f"{readable(args.target)} by age, on a linear and a log axis, n = {len(rows)}")
-    return figure
+    seaborn.histplot(weights, bins=40, color="seagreen", ax=linear)
+    linear.set(title=f"n = {len(weights)}, mean {weights.mean():.4g}, median {weights.median():.4g}", ylabel="rows")
+    seaborn.histplot(weights[weights > 0], bins=40, color="seagreen", log_scale=True, ax=logarithmic)
+    logarithmic.set(title=f"n = {(weights > 0).sum()} above zero, on a log axis", ylabel="rows")
 
 
-def image_pixel_analysis(sheet, photos, args):
-    means = photos[CHANNELS].dropna()
-    if means.empty:
-        raise ValueError("no photo is readable")
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    for channel in CHANNELS:
-        label = f"{channel}, median {means[channel].median():.3f}"
-        axes.hist(means[channel], bins=np.linspace(0, 1, 101), color=channel, alpha=0.4, label=label)
-    axes.set(xlabel="mean intensity of the channel in a photo (0..1)", ylabel="photos", xlim=(0, 1))
-    axes.set_title(f"Mean channel intensity per photo, n = {len(means)}")
-    axes.legend()
-    return figure
+def sample_images(figure, sheet, photos, args):
+    rows = sheet[sheet["filename"].isin(photos.index[photos["problem"].isna()])].dropna(subset=args.target)
+    parts = np.array_split(rows.sort_values(args.target, kind="stable").index, 12)
+    rng = np.random.default_rng(args.seed)
+    figure.suptitle(f"{args.label}: photos over its range, drawn from n = {len(rows)}")
+    for axes, part in zip(figure.subplots(3, 4).flat, parts, strict=True):
+        axes.set_axis_off()
+        for row in rng.choice(part, min(1, len(part))):
+            axes.imshow(ImageOps.contain(open_photo(args.image_dir / rows["filename"][row]), (256, 256)))
+            age = f"{rows['age_days'][row]:g} days".replace("nan days", "no age")
+            axes.set_title(f"row {row + 2}: {rows[args.target][row]:.4g} {unit_of(args.target)}, {age}", size=8)
 
 
-def green_area_vs_biomass(sheet, photos, args):
-    _, areas, grams = weighed_areas(sheet, photos, args.target)
-    a, b, smearing, law = fit_law(areas, grams)
-    seen = areas > 0
-    line = np.geomspace(areas[seen].min(), areas[seen].max(), 50)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(areas[seen], grams[seen], s=8, alpha=0.4, color="seagreen", linewidths=0)
-    axes.plot(line, law(line), color="black", label=f"W = {a:.4g} * A^{b:.3f}, times {smearing:.3f} (smearing)")
-    plain_log(axes.xaxis, line[0], line[-1])
-    plain_log(axes.yaxis, grams[seen].min(), grams[seen].max())
-    axes.set(xlabel="green area A (share of the frame, 0..1)", ylabel=readable(args.target))
-    axes.set_title(f"{readable(args.target)} by green area, n = {seen.sum()}; without green, not shown: {sum(~seen)}")
-    axes.legend()
-    return figure
+def correlation_heatmap(figure, sheet, photos, args):
+    figure.set_figheight(6)
+    r = sheet.select_dtypes("number").corr(min_periods=3)
+    strongest = r[args.target].abs().nlargest(21).index  # the target itself and twenty others
+    order = r.loc[strongest, args.target].sort_values(ascending=False).index
+    r, counts, axes = r.loc[order[1:], order[:-1]], sheet[order].count(), figure.subplots()
+    style = {"cmap": "vlag", "vmin": -1, "vmax": 1, "cbar": False, "annot_kws": {"size": 6}, "linewidths": 0.5}
+    seaborn.heatmap(r, mask=np.triu(np.ones(r.shape), 1) > 0, annot=True, fmt=".2f", ax=axes, **style)
+    axes.set_title(f"Pearson's r, sorted by r with {args.target}, n = {counts.min()} to {counts.max()} a column")
 
 
-FIGURES = (
-    target_distribution,
-    sample_images,
-    correlation_heatmap,
-    age_vs_biomass,
-    image_pixel_analysis,
-    green_area_vs_biomass,
-)
+def age_vs_biomass(figure, sheet, photos, args):
+    rows = sheet.dropna(subset="age_days")[lambda rows: rows[args.target] > 0]
+    rows["week"] = (rows["age_days"] / 7).round() * 7
+    jittered = rows["age_days"] + np.random.default_rng(args.seed).uniform(-1.5, 1.5, len(rows))
+    for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
+        axes.scatter(jittered, rows[args.target], s=4, alpha=0.4, color="seagreen", linewidths=0)
+        seaborn.boxplot(rows, x="week", y=args.target, ax=axes, native_scale=True, fill=False, fliersize=0, color="k")
+        axes.plot(rows.groupby("week")[args.target].median(), color="darkorange", marker="o")
+        sizes = rows["week"].value_counts()
+        axes.set_xticks(sizes.index, [f"{week:g}\nn = {n}" for week, n in sizes.items()])
+        axes.set(xlabel="age, to the week (days)", ylabel=args.label, yscale=scale)
+    figure.suptitle(f"{args.label} by age, with its median, on a linear and a log axis, n = {len(rows)}")
 
 
-# Output
+def image_pixel_analysis(figure, sheet, photos, args):
+    figure.suptitle(f"Mean channel intensity per photo, n = {photos['red'].count()}")
+    for axes, channel in zip(figure.subplots(3, 1, sharex=True, sharey=True), CHANNELS, strict=True):
+        seaborn.histplot(photos[channel].dropna(), binwidth=0.01, binrange=(0, 1), color=channel, ax=axes)
+        axes.set(title=f"{channel}, median {photos[channel].median():.3f}", xlim=(0, 1), ylabel="photos")
+    axes.set_xlabel("mean intensity of the channel in a photo (0..1)")
+
+
+def green_area_vs_biomass(figure, sheet, photos, args):
+    rows, axes = sheet[(sheet[args.target] > 0) & (sheet["photo_green_area"] > 0)], figure.subplots()
+    areas, grams = rows["photo_green_area"].sort_values(), rows[args.target]
+    law, weight_of = fit_law(areas, grams[areas.index])
+    axes.scatter(areas, grams[areas.index], s=6, alpha=0.4, color="seagreen", linewidths=0)
+    axes.plot(areas, weight_of(areas), color="black")
+    axes.set(xscale="log", yscale="log", xlabel="green area A (share of the frame, 0..1)", ylabel=args.label)
+    formula = "{smearing_factor:.3f} * {a:.4g} * A^{b:.3f}".format(**law)
+    axes.set_title(f"{args.label} by green area, n = {len(rows)} with any green; line: {formula}")
+
+
+FIGURES = [target_distribution, sample_images, correlation_heatmap]
+FIGURES += [age_vs_biomass, image_pixel_analysis, green_area_vs_biomass]
 
 
 def write_whole(path, content):
+    """Write bytes beside `path`, then move them over it: a full disk or Ctrl-C leaves no half of a file."""
+    partial = path.with_name(path.name + ".partial")
     try:
-        with whole_file(path) as partial:
-            partial.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free it and start again") from error
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    logger.info(f"wrote {path}")
 
 
-def write_figures(sheet, photos, args):
-    """Draw and write each figure; say why one is left out."""
-    for plot in FIGURES:
-        path = figure_path(plot, args)
-        try:
-            content = draw(plot, sheet, photos, args)
-        except ValueError as error:  # Matplotlib raises it too, for numbers that it cannot place on an axis
-            logger.info(f"{path.name} left out: {one_line(error)}")
-        else:
-            write_whole(path, content)
-
-
-def draw(plot, sheet, photos, args):
-    """The figure as a PNG file, bytes."""
-    content = io.BytesIO()
-    plot(sheet, photos, args).savefig(content, format="png", dpi=120)
-    if plot is sample_images:  # photos compress badly: a palette makes them a third of the size
-        drawn, content = Image.open(content).convert("RGB"), io.BytesIO()
-        drawn.quantize(256).save(content, "PNG", optimize=True)
-    return content.getvalue()
-
-
-def figure_path(plot, args):
-    return args.figures_dir / f"{plot.__name__}.png"
-
-
-def log_summary(summary, target):
-    stats = {name: value for name, value in summary["fresh_weight_stats"].items() if value == value}
-    logger.info(f"{summary['num_records']} rows, {summary['num_images_on_disk']} photos on disk")
-    logger.info(f"{readable(target)}: " + ", ".join(f"{name} {value:.4g}" for name, value in stats.items()))
-    logger.info("Audit")
-    for issue in summary["data_quality_issues"]:
-        logger.info(f"- {issue}")
-    baselines = summary["baselines"]
-    if baselines is None:
-        needed = f"{FOLDS} plants (--group_by) with weighed photos of different green area"
-        logger.info(f"Baselines: none; they need {needed}")
+def write_figure(plot, sheet, photos, drawn, args):
+    figure, content = matplotlib.figure.Figure(figsize=(6.5, 4.4), layout="constrained"), io.BytesIO()
+    try:
+        plot(figure, sheet, photos, args)
+        figure.supxlabel(drawn, size=6, color="gray", x=0.99, ha="right")
+        figure.savefig(content, dpi=130)
+    except (KeyError, TypeError, ValueError) as error:  # for want of rows or columns, or by numbers beyond any axis
+        logger.info(f"{plot.__name__}.png left out, the data do not suffice: {one_line(error)}")
         return
-    logger.info(f"Baselines: {baselines['how']}: {baselines['rows']} rows in {baselines['groups']} groups")
-    for name in ("training_mean", "green_area_law"):
-        score = baselines[name]
-        logger.info(f"- {name.replace('_', ' ')}: RMSE {score['rmse']:.4f} g, R2 {score['r2']:.3f}")
-    law = baselines["green_area_law"]
-    formula = f"weight = {law['a']:.4g} * A^{law['b']:.3f}, times {law['smearing_factor']:.3f} (Duan's smearing)"
-    logger.info(f"- the law: {formula}; A the green area, {law['area_unit']}")
+    picture = Image.open(content).convert("RGB").quantize(128)  # a palette makes photos a third of the size
+    picture.save(content := io.BytesIO(), "PNG", optimize=True, dpi=(130, 130))
+    write_whole(args.figures_dir / f"{plot.__name__}.png", content.getvalue())
 
 
-# Command line
-
-
-def build_parser():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser("eda.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = stop  # in one line, without the usage before it
     add, shown = parser.add_argument, "default: %(default)s"
     add("--data_dir", type=Path, default=Path("infos/mlops_biomass_data"), help=shown)
-    add("--labels_path", type=Path, help=".xlsx, .ods, .csv or .parquet; default: DATA_DIR/digital_biomass_labels.xlsx")
-    add("--image_dir", type=Path, help="folder of PNG, JPEG, TIFF or WebP photos; default: DATA_DIR/images_med_res")
+    add("--labels_path", type=Path, help=".xlsx, .csv or .parquet; default: DATA_DIR/digital_biomass_labels.xlsx")
+    add("--image_dir", type=Path, help="folder of the photos; default: DATA_DIR/images_med_res")
     add("--figures_dir", type=Path, default=Path("figures"), help=shown)
     add("--summary_path", type=Path, default=Path("results/eda_summary.json"), help=shown)
-    add("--target", default="fresh_weight_total", help=f"column of the weight in grams; {shown}")
-    groups = "columns whose values make the groups of the folds; default: plant_number"
-    add("--group_by", nargs="+", default=DEFAULT_GROUP_BY, metavar="COLUMN", help=groups)
+    add("--target", default="fresh_weight_total", help=f"column of the weight; {shown}")
+    add("--group_by", nargs="+", default=["plant_number"], help="columns that make the groups of the folds; " + shown)
     add("--seed", type=int, default=42, help=f"of the sample photos, the jitter and the folds; {shown}")
-    return parser
-
-
-def check_arguments(args):
-    """Fill in the paths that follow from --data_dir; raise UserError for what cannot be."""
-    if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
-        draw = "draw sample data: `python make_sample_data.py`, then `--data_dir sample_data`"
-        raise UserError(f"no data folder at {args.data_dir}; pass --data_dir, or {draw}")
+    args = parser.parse_args(argv)
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
+    args.label = f"{args.target.replace('_', ' ')} ({unit_of(args.target)})".removesuffix(" ()")
     if not 0 <= args.seed < 2**32:
-        raise UserError("--seed must be a whole number from 0 to 4294967295")
+        stop("--seed must be a whole number from 0 to 4294967295")
+    return args
 
 
-def check_outputs(args, names):
-    """The files to write. Raises UserError for one that cannot be written, or would lie among the photos `names`."""
-    outputs = [args.summary_path, *(figure_path(plot, args) for plot in FIGURES)]
-    photos = {os.path.realpath(args.image_dir / name) for name in names if Path(name).name in {p.name for p in outputs}}
-    for path in outputs:
-        in_folder = path.suffix.lower() in PHOTO_SUFFIXES and path.parent.resolve() == args.image_dir.resolve()
-        if in_folder or os.path.realpath(path) in photos:
-            raise UserError(f"cannot write {path}: it would be one of the photos; choose another place for it")
-    check_writable(outputs, [args.labels_path])
-    return outputs
+def check_outputs(args):
+    taken = args.labels_path.resolve(), args.image_dir.resolve()
+    for path in [args.summary_path, *(args.figures_dir / f"{plot.__name__}.png" for plot in FIGURES)]:
+        if path.is_dir() or path.resolve() in taken or path.resolve().parent in taken:
+            raise UserError(f"cannot write {path}: it is a folder, the label sheet, or among the photos")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()  # fails now, not after the photos
 
 
-def explore(args):
-    """The whole run, from the sheet to the summary."""
-    check_arguments(args)
-    folder = PhotoFolder(args.image_dir)
-    folder.names()  # lists it once, for the names of the sheet and for the photos that no row names
-    sheet, typed = load_labels(args.labels_path, args.target, args.group_by)
-    sheet, not_found = find_photos(folder, sheet)
-    found = {*sheet["filename"].dropna()} - {*not_found}
-    with alone(check_outputs(args, found)):
-        photos = scan_photos(folder, found)
-        summary = summarize(sheet, photos, args.target)
-        audit = audit_data(sheet, typed, photos, not_found, args.target)
-        summary["data_quality_issues"] = describe_audit(audit, len(sheet))
-        summary["audit"] = audit
-        summary["baselines"] = measure_baselines(sheet, photos, args.target, args.group_by, args.seed)
-        log_summary(summary, args.target)
-        write_figures(sheet, photos, args)
-        text = json.dumps(summary, default=np.generic.item)
-        summary = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity are no JSON
-        write_whole(args.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
+def stop(message):
+    sys.stderr.write(f"eda.py: error: {one_line(message)}\n")
+    raise SystemExit(2)
 
 
 def main(argv=None):
-    matplotlib.use("Agg")  # draws into files, with or without a screen
-    matplotlib.rcParams["text.parse_math"] = False  # names of columns may hold dollar signs
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    until_now = signal.getsignal(signal.SIGINT)
-    with logging_to_console(), warnings.catch_warnings():
-        for noise in (RuntimeWarning, UserWarning):  # of the libraries on odd data, which the audit names
-            warnings.simplefilter("ignore", noise)
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            explore(args)
-        except UserError as error:
-            parser.error(str(error))
-        except MemoryError:
-            parser.error("the memory is full: close other programs, or look at fewer rows and photos")
-        except OSError as error:
-            parser.error(one_line(error))
-        except KeyboardInterrupt:
-            parser.exit(130, "eda.py: interrupted\n")
-        finally:
-            signal.signal(signal.SIGINT, until_now)
+    args = parse_arguments(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "figure.titlesize": 10})
+    warnings.simplefilter("ignore")  # of the libraries on odd data, which the audit names
+    try:
+        sheet, typed, missing = load_labels(args.labels_path, args.image_dir, args.target, args.group_by)
+        check_outputs(args)
+        photos = scan_photos(sheet["filename"], args.image_dir)
+        drawn = "drawn data, not measured" if (args.labels_path.parent / DRAWN_MARK).is_file() else ""
+        summary = summarize(sheet, typed, missing, photos, args.target)
+        logger.info("\n- ".join([f"{len(sheet)} rows, {len(photos)} photos {drawn}", *summary["data_quality_issues"]]))
+        sheet["photo_green_area"] = sheet["filename"].map(photos["green_area"]).astype(float)
+        baselines = measure_baselines(sheet, args.target, args.group_by, args.seed)
+        summary |= {"baselines": baselines, "drawn_data": bool(drawn)}
+        for plot in FIGURES:
+            write_figure(plot, sheet, photos, drawn, args)
+        summary = json.loads(json.dumps(summary, default=np.generic.item), parse_constant=lambda nan: None)
+        write_whole(args.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
+    except (UserError, OSError) as error:
+        stop(error)
     return 0
 
 

