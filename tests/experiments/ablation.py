@@ -1,0 +1,100 @@
+"""What each part of the recommended recipe is worth, by folds: results/ablation.csv and ablation.png.
+
+    python tests/experiments/ablation.py --data_dir full_sample --seeds 42 43 44      some two hours on two cores
+
+Every row changes one thing of the recommended recipe, but for those of the study's.
+`by` is what the folds keep together.
+"""
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+from recipes import RECOMMENDED, ROOT, STUDY, by_folds, load, tm
+
+FP32 = ["--precision", "fp32"]  # so that the table is the same on every processor
+PLAIN = [*RECOMMENDED, "--no_augmentation"]
+RANDOM = ["--model_name", "resnet18", "--weights", "none"]
+EXPERIMENT, SMALL = ["--group_by", "experiment_id", "--folds", "9"], 400
+SETTINGS = {  # name: flags, photos at the most
+    "study's head, lite0": (STUDY, None),
+    "study's head, random ResNet18": (RANDOM, None),
+    "recommended": (RECOMMENDED, None),
+    "recommended, random ResNet18": ([*RECOMMENDED, *RANDOM], None),
+    "no augmentation": (PLAIN, None),
+    "last features alone": ([*RECOMMENDED, "--features", "last"], None),
+    "features as they are": ([flag for flag in RECOMMENDED if flag != "--standardize_features"], None),
+    "target as it is": ([*RECOMMENDED, "--target_transform", "none"], None),
+    "target standardized": ([*RECOMMENDED, "--target_transform", "standardize"], None),
+    "target's log": ([*RECOMMENDED, "--target_transform", "log"], None),
+    "constant learning rate": ([*RECOMMENDED, "--lr_schedule", "constant"], None),
+    "20 epochs": ([*RECOMMENDED, "--epochs", "20"], None),
+    "100 epochs": ([*RECOMMENDED, "--epochs", "100"], None),
+    "Huber loss": ([*RECOMMENDED, "--loss", "huber"], None),
+    "with age, temperature, light": (
+        [*RECOMMENDED, "--metadata_columns", "age_days", "temperature", "illuminancevisible"], None
+    ),
+    "320 pixels, no augmentation": ([*PLAIN, "--image_size", "320"], None),
+    "study's head, by experiment": ([*STUDY, *EXPERIMENT], None),
+    "recommended, by experiment": ([*RECOMMENDED, *EXPERIMENT], None),
+    "study's head, 400 photos": (STUDY, SMALL),
+    "recommended, 400 photos": (RECOMMENDED, SMALL),
+}  # fmt: skip
+
+
+def measure(name, flags, rows, args, folder):
+    """One line of the table: errors over all held-out rows for each seed, and the worst R2 of any fold."""
+    started = time.perf_counter()
+    this, recipe, batches = load([*flags, *FP32, "--no_erasing"], args.data_dir, folder, rows)
+    tables = [by_folds(this, recipe, batches, seed) for seed in args.seeds]
+    rmse = pd.Series([tm.scores(table)["val_rmse"] for table in tables])
+    worst = min(tm.scores(fold)["val_r2"] for table in tables for _, fold in table.groupby("fold"))
+    floor = (tables[0]["measured"] - tables[0]["expected"]).pow(2).mean() ** 0.5
+    line = {"setting": name, "by": tm.group_name(recipe), "rows": len(tables[0]), "seeds": len(rmse)}
+    line |= {
+        "rmse": rmse.mean(),
+        "rmse_sd": rmse.std(),
+        "r2": sum(tm.scores(t)["val_r2"] for t in tables) / len(tables),
+    }
+    mean = (tables[0]["measured"] - tables[0]["training_mean"]).pow(2).mean() ** 0.5
+    return line | {"worst_fold_r2": worst, "noise_floor": floor, "training_mean": mean,
+                   "seconds": round(time.perf_counter() - started), "commit": tm.git_state()["commit"]}  # fmt: skip
+
+
+def draw(table, path):
+    figure = Figure(figsize=(9, 0.35 * len(table) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    colors = table["by"].map(lambda by: "tab:green" if by == "plant" else "tab:orange")
+    axis.barh(table["setting"], table["rmse"], xerr=table["rmse_sd"], color=colors, alpha=0.6)
+    axis.axvline(table["noise_floor"].iloc[0], color="black", linestyle="--", label="noise floor of all rows")
+    axis.invert_yaxis()
+    axis.set(xlabel="RMSE (g), mean and sd of the seeds; green: folds by plant, orange: by experiment")
+    axis.legend()
+    figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--only", nargs="+", help="parts of the names of the settings")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    lines = []
+    for name, (flags, rows) in SETTINGS.items():
+        if not args.only or any(part in name for part in args.only):
+            lines.append(measure(name, flags, rows, args, ROOT / "models" / "ablation"))
+            text = (
+                "{setting:34s} {by:14s} RMSE {rmse:.4f} +- {rmse_sd:.4f}  R2 {r2:.3f}, worst fold {worst_fold_r2:.3f}"
+            )
+            print(text.format(**lines[-1]), f" {lines[-1]['seconds']} s", flush=True)
+            pd.DataFrame(lines).to_csv(ROOT / "results" / "ablation.csv", index=False, float_format="%.5g")
+    draw(pd.DataFrame(lines), ROOT / "results" / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()

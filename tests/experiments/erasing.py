@@ -1,0 +1,60 @@
+"""Can the erased photos be believed? Pots of one experiment with plants of many sizes: results/erasing.json and .png.
+
+    python tests/experiments/erasing.py --data_dir full_sample
+
+A model of the recommended recipe, trained on other plants, weighs drawn pots of experiment 1 whole, with the plant
+erased, and drawn again without any plant. If erasing leaves no trace, the erased pots tell as little as the empty ones.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from recipes import RECOMMENDED, ROOT, cross_validate, load, tm, train
+
+import make_sample_data  # found beside train_model.py
+
+POTS = 240
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    args = parser.parse_args()
+    this, recipe, batches = load([*RECOMMENDED, "--no_erasing"], args.data_dir, ROOT / "models" / "erasing")
+    model = train(this, recipe, batches, np.arange(len(this.labels)))
+    weigh = cross_validate.make_weigh(model, recipe, this.accelerator)
+    plants = make_sample_data.grow(3000, seed=7)  # another seed than that of any folder drawn by default
+    plants = (
+        plants.sort_values("expected").iloc[np.linspace(0, len(plants) - 1, POTS).astype(int)].assign(experiment_id=1)
+    )
+    weights, photos = plants["expected"].to_numpy(), {"whole": [], "plant erased": [], "drawn without a plant": []}
+    for index, plant in enumerate(plants.to_dict("records")):
+        photo = make_sample_data.draw_photo(plant, 7, index)
+        photos["whole"].append(photo)
+        photos["plant erased"].append(cross_validate.erase_plant(photo))
+        photos["drawn without a plant"].append(make_sample_data.draw_photo(plant, 7, index, leaves=False))
+    result = {"commit": tm.git_state()["commit"], "pots": POTS}
+    for kind, pictures in photos.items():
+        pixels = torch.stack([cross_validate.pixels_of(this.dataset, picture) for picture in pictures])
+        predicted = weigh(pixels, torch.zeros(POTS, 0))
+        result[kind] = {"r": float(np.corrcoef(predicted, weights)[0, 1]), "mean_g": float(predicted.mean())}
+    (ROOT / "results" / "erasing.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(2, 8)
+    for column, index in enumerate(np.linspace(20, POTS - 1, 8).astype(int)):
+        for row, kind in enumerate(("whole", "plant erased")):
+            axes[row, column].imshow(photos[kind][index])
+            axes[row, column].set_axis_off()
+        axes[0, column].set_title(f"{weights[index]:.3f} g", fontsize=9)
+    figure.suptitle("Drawn photos whole, and with their plant erased", fontsize=10)
+    figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
+    tm.save_figure(figure, ROOT / "results" / "erasing.png", photos=True)
+
+
+if __name__ == "__main__":
+    main()
