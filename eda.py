@@ -355,7 +355,7 @@ def sample_images(figure, sheet, photos, args):
     rows = sheet[sheet["filename"].isin(photos.index[photos["problem"].isna()])].dropna(subset=args.target)
     parts = np.array_split(rows.sort_values(args.target, kind="stable").index, 12)
     rng = np.random.default_rng(args.seed)
-    figure.suptitle(f"{args.label}: photos over its range, drawn from n = {len(rows)}")
+    figure.suptitle(f"{args.label}: photos over its range, chosen from n = {len(rows)}")
     for axes, part in zip(figure.subplots(3, 4).flat, parts, strict=True):
         axes.set_axis_off()
         for row in rng.choice(part, min(1, len(part))):

@@ -4,10 +4,9 @@
     python make_sample_data.py --num_images 4294 --out full_sample   # the size of the real set
     python make_sample_data.py --with_faults --out faulty_sample     # with the faults of real folders
 
-Writes, laid out as the real set:
-OUT/digital_biomass_labels.xlsx, one row a photo, and OUT/images_med_res/*.png, 256 x 256 RGB
-OUT/drawn_expected_weights.csv, the expected weight of each row, by which the other scripts know drawn data
-OUT/README.txt, the command, the noise floor, the faults drawn in
+Files in OUT, laid out as the real set: digital_biomass_labels.xlsx (one row a photo), images_med_res/*.png (256 x 256
+RGB), drawn_expected_weights.csv (each row's expected weight; by this file the other scripts know that the data are
+drawn) and README.txt (the command, the noise floor, the faults drawn in).
 
 The plant model. Age, experiment, genotype, light and vigour rank the plants; the rank gives each its expected weight M.
 Leaf area A (cm2) and thickness t, which colours and rounds the leaves, follow from one allometric law, and the rosette
@@ -30,10 +29,7 @@ import argparse
 import functools
 import hashlib
 import math
-import shutil
 import tempfile
-import time
-import zipfile
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -45,11 +41,6 @@ from tqdm import tqdm
 
 SHEET, IMAGES = "digital_biomass_labels.xlsx", "images_med_res"
 EXPECTED, README = "drawn_expected_weights.csv", "README.txt"
-EXPECTED_COMMENT = (
-    "# drawn by make_sample_data.py: the weight that each photo can tell at best, for the noise floor. "
-    "Never a model input."
-)
-MARKER = "Synthetic FarmBot data, drawn by make_sample_data.py"  # first line of README: this folder is ours to redraw
 
 # The real set's proportions
 FULL_ROWS, FULL_UNLABELLED, FULL_WITHOUT_AGE = 4294, 610, 492
@@ -89,6 +80,7 @@ LOOKS = [
     (234, (0.40, 0.32, 0.36), GREY, 0.45, ROSE),
 ]
 WARM = (2, 3)  # experiments under warm grow light
+font = functools.cache(ImageFont.load_default)  # by size; Pillow's own, which is on every machine
 SUN = math.radians(225)  # light falls from the upper left, clockwise from the right
 THIN, THICK = np.array([[0.62, 0.71, 0.20], [0.28, 0.50, 0.26]], np.float32)  # colour of a leaf by its thickness
 CAST = np.array([1.48, 1.13, 0.5], np.float32)  # what that light does to a leaf's colour
@@ -206,13 +198,6 @@ def build_rosette(plant, seed, index):
     return dict(angle=angle, length=blade / (1 - petiole), width=ratio * blade, petiole=petiole, bend=bend)
 
 
-def covered_area(rosette):
-    """Area (cm2) seen from above, where leaves hide leaves at random within the disc that they reach."""
-    area = np.sum(PROFILE.mean() * rosette["width"] * rosette["length"] * (1 - rosette["petiole"]))
-    disc = math.pi * (0.75 * rosette["length"].max()) ** 2
-    return disc * (1 - math.exp(-area / disc))
-
-
 # --- the sheet ---
 
 
@@ -239,8 +224,9 @@ def make_sheet(plants, seed):
     counted = rng.random(n) < 0.6
     for column, count in (("small_leaves", small), ("big_leaves", big), ("total_leaves", small + big)):
         sheet[column] = pd.Series(count).where(counted)
-    covered = np.array([covered_area(rosette) for rosette in rosettes]) * np.exp(rng.normal(0, 0.53, n))
-    sheet["plant_surface_area"] = pd.Series(covered).round(3).where(rng.random(n) < 0.6)
+    disc = math.pi * (0.75 * np.array([length.max() for length in lengths])) ** 2  # cm2 within which leaves hide leaves
+    covered = disc * (1 - np.exp(-plants["leaf_area"] / disc)) * np.exp(rng.normal(0, 0.53, n))
+    sheet["plant_surface_area"] = covered.round(3).where(rng.random(n) < 0.6)
     scanned = plants["labelled"] & (rng.random(n) < 0.5)
     sheet["leaf_surface_area"] = (plants["leaf_area"] * np.exp(rng.normal(0, 0.24, n))).round(3).where(scanned)
     return add_harvest(sheet, plants, rng)
@@ -248,14 +234,13 @@ def make_sheet(plants, seed):
 
 def add_harvest(sheet, plants, rng):
     """The weights (g), where the plant was harvested: total = shoot + root."""
-    n = len(plants)
     total = plants["weight"].round(4)
-    ratio = 2.4 * np.exp(rng.normal(0, 0.35, n)) * (1 + 0.10 * (plants["expected"] - 0.26))
+    ratio = 2.4 * np.exp(rng.normal(0, 0.35, len(plants))) * (1 + 0.10 * (plants["expected"] - 0.26))
     root = (total / (1 + ratio)).clip(0.0002).round(4)
     shoot = (total - root).round(4)
     harvest = pd.DataFrame({"fresh_weight_total": (shoot + root).round(4), "fresh_weight_shoot": shoot})
     harvest["fresh_weight_root"] = root
-    harvest["dry_weight_shoot"] = (shoot * rng.uniform(0.08, 0.10, n)).round(5)
+    harvest["dry_weight_shoot"] = (shoot * rng.uniform(0.08, 0.10, len(plants))).round(5)
     harvest["shoot_root_ratio_fresh"] = (shoot / root).round(3)
     sheet = sheet.join(harvest.where(plants["labelled"]))
     sheet["lab_book_page"] = 12 * plants["experiment_id"] + 3 * plants["tray"] + plants["age"] // 7
@@ -270,15 +255,13 @@ def noise_floor(plants):
 
 def write_expected_weights(plants, path):
     """A row a photo with its expected weight M (g); pandas.read_csv(path, comment="#") reads it."""
-    table = plants[["filename", "expected"]].rename(columns={"expected": "expected_weight_g"})
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        file.write(EXPECTED_COMMENT + "\n")
-        table.to_csv(file, index=False, float_format="%.9g", lineterminator="\n")
+    comment = "drawn by make_sample_data.py: the weight that each photo can tell at best, for the noise floor."
+    table = plants[["filename", "expected"]].set_axis(["filename", "expected_weight_g"], axis=1)
+    text = table.to_csv(index=False, float_format="%.9g", lineterminator="\n")
+    path.write_bytes(f"# {comment} Never a model input.\n{text}".encode())
 
 
 # --- the photo ---
-
-font = functools.cache(ImageFont.load_default)  # Pillow's own, which is on every machine; by its size
 
 
 def blotches(rng, down, across=None):
@@ -290,11 +273,6 @@ def blotches(rng, down, across=None):
 def rgb(colour):
     """Colour in 0..1 as Pillow wants it."""
     return tuple(int(255 * min(max(channel, 0), 1)) for channel in colour)
-
-
-def disc(x, y, radius):
-    """Box of a disc, as Pillow wants it."""
-    return [x - radius, y - radius, x + radius, y + radius]
 
 
 def draw_soil(rng, perlite, warm):
@@ -311,9 +289,8 @@ def draw_soil(rng, perlite, warm):
     soil *= np.exp(0.45 * crumbs)[..., None]
     grain = np.array(pale, np.float32) + tint[..., None] * np.array([0.05, 0, -0.05], np.float32)
     soil += (white * np.exp(0.2 * crumbs.T - 0.1))[..., None] * (grain - soil)
-    algae = np.clip(
-        0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(-0.1, 2.4), 0, 0.55 if warm else 0.85
-    )
+    algae = 0.7 * blotches(rng, 6) + 0.5 * blotches(rng, 30) - rng.uniform(-0.1, 2.4)
+    algae = np.clip(algae, 0, 0.55 if warm else 0.85)
     soil += algae[..., None] * (np.array([0.27, 0.37, 0.12], np.float32) * np.exp(0.4 * crumbs)[..., None] - soil)
     return np.clip(soil, 0, 1)
 
@@ -334,7 +311,7 @@ def draw_tray(draw, rng, x, y, radius, tone):
     """The tray under the pot: openings, ribs and moulded marks; pixels of the canvas (2 x SIZE)."""
     tone, gap = np.array(tone), 1.02 * radius
     dark, side = rgb(tone * 0.1), radius * rng.uniform(0.84, 0.9)
-    draw.rounded_rectangle(disc(x, y, side), 30, fill=dark)
+    draw.rounded_rectangle([x - side, y - side, x + side, y + side], 30, fill=dark)
     for sign in (-1, 1):
         low, high = y + gap * rng.uniform(-0.8, -0.5), y + gap * rng.uniform(0.4, 0.75)
         left, right = sorted([x + sign * gap * rng.uniform(0.95, 1.08), x + sign * gap * 1.7])
@@ -379,10 +356,10 @@ def draw_scene(plant, rng, x, y, radius):
     add_labels(canvas, rng, plant, warm)
 
     for inset, shade in ((-1, 0.6), (0, 0.95), (1.5, 1.15), (3.5, 0.8), (5, 0.72)):  # from the shadow to the inner wall
-        draw.ellipse(disc(2 * x, 2 * y, 2 * (radius - inset)), fill=rgb(np.array(rim) * shade))
+        draw.circle((2 * x, 2 * y), 2 * (radius - inset), fill=rgb(np.array(rim) * shade))
     mask = Image.new("L", canvas.size)
     shift_x, shift_y = rng.normal(0, 4, 2)  # seen a little from the side, the wall shows wider on one side
-    ImageDraw.Draw(mask).ellipse(disc(2 * x + shift_x, 2 * y + shift_y, 2 * (radius - 7)), fill=255)
+    ImageDraw.Draw(mask).circle((2 * x + shift_x, 2 * y + shift_y), 2 * (radius - 7), fill=255)
     soil = draw_soil(rng, perlite + rng.normal(0, 0.12), warm)
     soil = Image.fromarray(np.uint8(255 * soil)).resize(canvas.size, Image.NEAREST)
     canvas.paste(soil, mask=mask)
@@ -435,10 +412,7 @@ def paint_leaf(photo, x, y, zoom, leaf, colour, gloss):
 
 
 def draw_photo(plant, seed, index, leaves=True):
-    """The photo of one plant, a Pillow image: the same for the same seed and index, whichever process draws it.
-
-    With leaves=False it is the bare pot: the same pixels but for those of the leaves and their shadows.
-    """
+    """The photo of one plant, or of its bare pot: the same for a seed and index, whichever process draws it."""
     rng = np.random.default_rng([seed, index, 1])
     rosette = build_rosette(plant, seed, index)
     experiment = plant["experiment_id"]
@@ -458,8 +432,7 @@ def draw_photo(plant, seed, index, leaves=True):
         if leaves:
             paint_leaf(photo, x, y, zoom, leaf, tone, 0.22 * thick)
     photo += 0.012 * rng.standard_normal(photo.shape, dtype=np.float32)
-    image = Image.fromarray(np.uint8(255 * np.clip(photo, 0, 1)))
-    image = image.filter(ImageFilter.UnsharpMask(1.2, 45, 0))
+    image = Image.fromarray(np.uint8(255 * np.clip(photo, 0, 1))).filter(ImageFilter.UnsharpMask(1.2, 45, 0))
     caption = f"{experiment}_{plant['tray']:02d}_{plant['plant_number']}"
     draw = ImageDraw.Draw(image)
     draw.rectangle([4, 244, 8 + 5.2 * len(caption), 254], fill=(48, 48, 48))
@@ -478,18 +451,10 @@ def draw_photos(plants, folder, seed, num_workers):
     folder.mkdir()
     records = enumerate(plants.to_dict("records"))
     tasks = [(plant, seed, index, folder / plant["filename"]) for index, plant in records]
-    bar = {"total": len(tasks), "unit": "photo", "disable": None}
-    # a process costs as much as 16 photos to start, and Windows takes 61 at most
-    workers = min(num_workers, math.ceil(len(tasks) / 16), 61)
-    if workers == 1:
-        list(tqdm(map(save_photo, tasks), **bar))
-    else:
-        leave_ctrl_c_to_main = (signal.SIGINT, signal.SIG_IGN)
-        pool = ProcessPoolExecutor(workers, initializer=signal.signal, initargs=leave_ctrl_c_to_main)
-        try:
-            list(tqdm(pool.map(save_photo, tasks, chunksize=8), **bar))
-        finally:  # at Ctrl-C without the photos that wait
-            pool.shutdown(cancel_futures=True)
+    workers = min(num_workers, math.ceil(len(tasks) / 16), 61)  # one costs as much as 16 photos; Windows takes 61
+    leave_ctrl_c_to_main = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=leave_ctrl_c_to_main) as pool:
+        list(tqdm(pool.map(save_photo, tasks, chunksize=8), total=len(tasks), unit="photo", disable=None))
 
 
 # --- the faults of real folders ---
@@ -500,76 +465,59 @@ def add_faults(sheet, plants, folder, seed):
     rng = np.random.default_rng([seed, FULL_ROWS, 2])
     rows = rng.permutation(np.flatnonzero(plants["labelled"]))
     names, numbers = plants["filename"].to_numpy()[rows], plants["plant_number"].to_numpy()[rows]
-    unused = f"unused_{names[9]}"
+    paths, unused = [folder / name for name in names], f"unused_{names[9]}"
+    twin = names[10:][numbers[10:] != numbers[5]][0]
     draw_photo(plants.to_dict("records")[rows[9]], seed, len(plants)).save(folder / unused, **PNG)
-    faults = spoil_photos([folder / name for name in names], numbers)
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[:30_000])
+    see_through, palette, grey = (Image.open(path).convert("RGB") for path in paths[2:5])
+    alpha = Image.new("L", see_through.size)
+    ImageDraw.Draw(alpha).circle((SIZE / 2, SIZE / 2), SIZE / 2, fill=255)
+    see_through.putalpha(alpha)
+    see_through.save(paths[2])
+    palette.quantize(256).save(paths[3])
+    Image.fromarray(np.asarray(grey.convert("L"), np.uint16) * 257).save(paths[4])
+    paths[5].write_bytes((folder / twin).read_bytes())
     sheet = sheet.astype({"fresh_weight_total": object})
     sheet.at[rows[6], "fresh_weight_total"] = f"{sheet.at[rows[6], 'fresh_weight_total']:.4f}".replace(".", ",")
     sheet.at[rows[7], "fresh_weight_total"] *= -1
     sheet = pd.concat([sheet, sheet.loc[[rows[8]]]], ignore_index=True)
-    faults += [f"text weight with a decimal comma: {names[6]}", f"negative weight: {names[7]}"]
-    return sheet, [*faults, f"duplicate row: {names[8]}", f"unused photo: {unused}"]
-
-
-def spoil_photos(paths, plant_numbers):
-    """Spoil the first six photos, each in its own way; the sixth becomes the photo of another plant."""
-    missing, truncated, see_through, palette, grey, duplicate = paths[:6]
-    twin = next(path for path, plant in zip(paths[10:], plant_numbers[10:], strict=True) if plant != plant_numbers[5])
-    missing.unlink()
-    truncated.write_bytes(truncated.read_bytes()[:30_000])
-    photo = Image.open(see_through).convert("RGB")
-    alpha = Image.new("L", photo.size)
-    ImageDraw.Draw(alpha).ellipse(disc(SIZE / 2, SIZE / 2, SIZE / 2), fill=255)
-    photo.putalpha(alpha)
-    photo.save(see_through)
-    Image.open(palette).convert("RGB").quantize(256).save(palette)
-    levels = np.asarray(Image.open(grey).convert("RGB").convert("L"), np.uint16)
-    Image.fromarray(levels * 257).save(grey)
-    shutil.copyfile(twin, duplicate)
     kinds = ["missing file", "truncated PNG", "RGBA photo", "palette photo", "16-bit grey photo", "duplicate photo"]
-    faults = [f"{kind}: {path.name}" for kind, path in zip(kinds, paths[:6], strict=True)]
-    return [*faults[:5], f"{faults[5]} holds the bytes of {twin.name}"]
+    kinds += ["text weight with a decimal comma", "negative weight", "duplicate row", "unused photo"]
+    listed = [*names[:5], f"{names[5]} holds the bytes of {twin}", *names[6:9], unused]
+    return sheet, [f"{kind}: {name}" for kind, name in zip(kinds, listed, strict=True)]
 
 
-# --- the folder ---
+# --- the folder and the command line ---
 
 
 def fingerprint(folder):
-    """A line on the sheet, the expected weights and the photos' names and sizes; a user's change makes it another."""
-    sha = hashlib.sha256((folder / EXPECTED).read_bytes())
-    with zipfile.ZipFile(folder / SHEET) as sheet:  # all but docProps, where the time of writing stands
-        parts = [f"{part.filename} {part.CRC}" for part in sheet.infolist() if part.filename.startswith("xl/")]
-    photos = [f"{photo.name} {photo.stat().st_size}" for photo in sorted((folder / IMAGES).iterdir())]
-    sha.update("\n".join(parts + photos).encode())
+    """A line on the two sheets and the photos' names and sizes; whatever a user changes makes it another."""
+    sha = hashlib.sha256((folder / SHEET).read_bytes() + (folder / EXPECTED).read_bytes())
+    for photo in sorted((folder / IMAGES).iterdir()):
+        sha.update(f"{photo.name} {photo.stat().st_size}\n".encode())
     return f"Fingerprint: {sha.hexdigest()[:16]}"
 
 
 def ours_to_draw(out):
     """Whether the folder is empty, or holds what this script drew and nobody changed."""
-    if not any(out.iterdir()):
-        return True
     try:
-        lines = (out / README).read_text(encoding="utf-8", errors="replace").splitlines()
-        return lines[:1] == [MARKER] and fingerprint(out) in lines
-    except (OSError, zipfile.BadZipFile):
+        readme = out / README
+        return not any(out.iterdir()) or fingerprint(out) in readme.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
         return False
 
 
 def describe(args, floor, faults, fingerprint):
     """Text of README.txt."""
-    command = f"python make_sample_data.py --num_images {args.num_images} --seed {args.seed}"
-    command += " --with_faults" if args.with_faults else ""
-    lines = [
-        MARKER,
-        f"Command: {command}",
-        f"Noise floor: {floor:.4f} g. No model of these photos can have a lower RMSE on many plants.",
-        f"That of a part of the rows follows from {EXPECTED}.",
-        "Nothing here was measured: plants, weights and photos come from a model.",
-        fingerprint,
-    ]
-    if faults:
-        lines += ["", "Faults drawn in:", *(f"- {fault}" for fault in faults)]
-    return "\n".join(lines) + "\n"
+    flags = f"--num_images {args.num_images} --seed {args.seed}" + " --with_faults" * args.with_faults
+    listed = "".join(["\nFaults drawn in:\n", *(f"- {fault}\n" for fault in faults)]) if faults else ""
+    return f"""Synthetic FarmBot data, drawn by make_sample_data.py
+Command: python make_sample_data.py {flags}
+Noise floor: {floor:.4f} g. No model of these photos can have a lower RMSE on many plants.
+Nothing here was measured: plants, weights and photos come from a model.
+{fingerprint}
+{listed}"""
 
 
 def move_into_place(drawn, out):
@@ -577,23 +525,20 @@ def move_into_place(drawn, out):
     names, old = (IMAGES, SHEET, EXPECTED, README), drawn / "old"
     out.mkdir(exist_ok=True)
     old.mkdir()
+    moves = [(out / name, old / name) for name in names if (out / name).exists()]
+    moves += [(drawn / name, out / name) for name in names]
     try:
-        for name in names:
-            if (out / name).exists():
-                os.replace(out / name, old / name)
-            os.replace(drawn / name, out / name)
+        for source, target in moves:
+            os.replace(source, target)
     except BaseException:  # Ctrl-C too
-        for name in names:
-            if not (drawn / name).exists():
-                os.replace(out / name, drawn / name)
-            if (old / name).exists():
-                os.replace(old / name, out / name)
+        for source, target in reversed(moves):
+            if target.exists() and not source.exists():
+                os.replace(target, source)
         raise
 
 
 def draw(args):
     """Draw the set, and move it into its place once it is whole."""
-    started = time.perf_counter()
     plants = grow(args.num_images, args.seed)
     sheet, faults, floor = make_sheet(plants, args.seed), [], noise_floor(plants)
     out = args.out.resolve()
@@ -607,22 +552,15 @@ def draw(args):
         write_expected_weights(plants, drawn / EXPECTED)
         (drawn / README).write_text(describe(args, floor, faults, fingerprint(drawn)), encoding="utf-8")
         move_into_place(drawn, out)
-    print(f"{args.num_images} photos and {SHEET} in {args.out} ({time.perf_counter() - started:.1f} s)")
+    print(f"{args.num_images} photos and {SHEET} in {args.out}")
     print(f"noise floor: {floor:.4f} g RMSE" + (f"; {len(faults)} faults drawn in" if faults else ""))
-
-
-# --- the command line ---
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, without the usage before it."""
-        self.exit(2, f"make_sample_data.py: error: {' '.join(message.split())}\n")
 
 
 def parse_arguments(argv):
     """Arguments of the command line, checked."""
-    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    with_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=with_defaults)
+    parser.error = lambda text: parser.exit(2, f"make_sample_data.py: error: {' '.join(text.split())}\n")  # one line
     parser.add_argument("--num_images", type=int, default=400, help="photos to draw; the real set has 4294")
     parser.add_argument("--out", type=Path, default=Path("sample_data"), help="folder to draw into")
     parser.add_argument("--seed", type=int, default=42, help="same seed, same pixels and same cells")

@@ -6,24 +6,17 @@
     python predict.py --export biomass.onnx                         the model for other programs
     torchrun --standalone --nproc_per_node 4 predict.py photos/     by four processes, each with a GPU of its own
 
-Reads  models/biomass_resnet.pt, or what --model names: all that is needed beside the photos is in it.
-Writes a CSV with filename, predicted_g, low_g, high_g and note. low and high are the ends of an interval that holds
-       90 % of the weights of plants never seen (--coverage); it, and the note `unlike training photos`, need a model
-       of cross_validate.py. A photo that cannot be read has the reason in its note, and the exit status is 1.
-
-The way of the data: photos_of (a table of photos) -> weigh_photos -> add_interval -> write_table, draw_sheet.
+Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, predicted_g, low_g, high_g and note:
+from low to high lie 90 % (--coverage) of the weights of plants never seen; this, and the note `unlike training photos`,
+need a model of cross_validate.py. A photo that cannot be read has the reason in its note; the exit status is then 1.
 """
 
 import argparse
-import io
 import itertools
 import logging
 import math
-import os
 import sys
-import textwrap
-import time
-from collections import deque
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,20 +24,17 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from tqdm import tqdm
 
 import train_model as tm
+from cross_validate import interval, unlikeness
 
 UNLIKE = "unlike training photos"
-CHUNK = 4096  # photos whose features are held at once, whole batches of tm.BATCH
+CHUNK = 4096  # photos whose features are held at once: whole batches of tm.BATCH
 THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
-SHEET_BYTES = 400_000
+MARKS = {"outside": "outside interval", "unlike": "unlike training"}  # what a red thumbnail says
 
 logger = logging.getLogger("biomass")
-
-
-# ---------------------------------------------------------------- model
 
 
 def read_model(path):
@@ -54,34 +44,17 @@ def read_model(path):
     try:
         scale = argparse.Namespace(**torch.load(path, map_location="cpu", weights_only=True))
         backbone = tm.Backbone(*(scale.settings[name] for name in ("name", "size", "stages")))
-        unknown = pd.DataFrame({step["column"]: [None] for step in scale.metadata}, index=[0])
-        width = tm.encode_metadata(unknown, scale.metadata).shape[1]
-        scale.model = tm.BiomassModel(backbone, None, width, scale.settings["target_transform"]).eval()
+        columns = ["_path", "_content", scale.target, *(step["column"] for step in scale.metadata)]
+        row = pd.DataFrame(np.nan, [0], list(dict.fromkeys(columns)))
+        scale.width = tm.encode_metadata(row, scale.metadata).shape[1]
+        scale.model = tm.BiomassModel(backbone, None, scale.width, scale.settings["target_transform"]).eval()
         scale.model.load_state_dict(scale.model_state)
-        no_rows = pd.DataFrame(columns=["_path", "_content", scale.target])
-        scale.resize = tm.BiomassDataset(no_rows, scale, (backbone.size, backbone.interpolation)).transform
-        scale.suffix = f"_{scale.unit}" if scale.unit else ""
-        scale.trained_in = {"fp32": "fp32", "bf16": "bf16"}[scale.settings["precision"]]
-        if scale.familiar:
-            scale.familiar = {name: value.numpy() for name, value in scale.familiar.items()}
-        how_unlike(scale, np.zeros((1, backbone.width)))  # with add_interval: damage shows now, not after hours
-        add_interval(pd.DataFrame({"predicted": [1.0]}), scale, 0.1)
-    except MemoryError:
-        raise
+        scale.resize = tm.BiomassDataset(row, scale, backbone.size, backbone.interpolation).transform
+        scale.familiar = {name: value.numpy() for name, value in (scale.familiar or {}).items()}
+        scale.suffix, scale.space_unit = (f"_{scale.unit}", f" {scale.unit}") if scale.unit else ("", "")
     except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
-        why = "" if isinstance(error, KeyError | AttributeError) else f" ({tm.one_line(error)[:200]})"
-        raise tm.UserError(f"{path} is not a checkpoint of this train_model.py{why}") from error
+        raise tm.UserError(f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})") from error
     return scale
-
-
-def how_unlike(scale, features):
-    """Which photos are unlike the training photos, a mask (n,), by their features (n, width)."""
-    if not scale.familiar:
-        return np.zeros(len(features), bool)
-    return tm.unlikeness(scale.familiar, features) > scale.familiar["limit"]
-
-
-# ---------------------------------------------------------------- photos
 
 
 def photos_of(args, scale):
@@ -91,256 +64,236 @@ def photos_of(args, scale):
         return rows_of_sheet(args, scale.target, columns)
     if columns:
         raise tm.UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
-    found = []
+    found = {}
     for path in map(Path, args.photos):
-        if not path.exists():
-            raise tm.UserError(f"no photo and no folder at {path}")
-        found += photos_in(path, args.recursive) if path.is_dir() else [(path.name, str(path))]
-    table = pd.DataFrame(found, columns=["filename", "_path"], dtype=object)
-    if table["filename"].duplicated().any():  # of several folders
-        table["filename"] = table["_path"]
-    table["filename"] = table["filename"].str.replace(os.sep, "/", regex=False)
-    return table.assign(measured=np.nan, fault="")
-
-
-def photos_in(folder, recursive):
-    """Name below the folder and path of each photo in it, sorted."""
-
-    def fail(error):
-        raise error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        paths = [os.path.join(parent, name) for name in names if name.lower().endswith(tm.PHOTO_SUFFIXES)]
-        found += [(os.path.relpath(path, folder), path) for path in paths if os.path.isfile(path)]
-        if not recursive:
-            folders.clear()
-    if not found:
-        hint = "" if recursive else "; --recursive looks into its folders too"
-        raise tm.UserError(f"no photo in {folder} ({', '.join(tm.PHOTO_SUFFIXES)}){hint}")
-    return sorted(found, key=lambda photo: photo[0].split(os.sep))
+        inside = sorted(path.rglob("*") if args.recursive else path.iterdir()) if path.is_dir() else [path]
+        photos = [one for one in inside if one.is_file() and (one == path or one.suffix.lower() in tm.PHOTO_SUFFIXES)]
+        if not photos:
+            raise tm.UserError(f"no photo at {path} ({', '.join(tm.PHOTO_SUFFIXES)}); --recursive looks deeper")
+        found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
+    names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
+    return pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*found], "fault": "", "measured": np.nan})
 
 
 def rows_of_sheet(args, target, columns):
     sheet = tm.read_sheet(args.labels_path, columns)
-    unnamed = sheet["filename"].isna()
-    if unnamed.any():
-        logger.info(f"left {unnamed.sum():,} rows without a file name out")
-    sheet = sheet[~unnamed].reset_index(drop=True)
-    if sheet.empty:
+    named = sheet.dropna(subset="filename").reset_index(drop=True)
+    logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
+    if named.empty:
         raise tm.UserError(f"no row of {args.labels_path} has a file name")
-    paths, faults = zip(*tm.find_photos(sheet["filename"], args.image_dir), strict=True)
-    measured = tm.to_numbers(sheet[target]) if target in sheet else np.nan
-    return sheet[["filename", *columns]].assign(_path=paths, fault=faults, measured=measured)
+    paths, faults = zip(*tm.find_photos(named["filename"], args.image_dir), strict=True)
+    measured = tm.to_numbers(named[target]) if target in named else np.nan
+    return named[["filename", *columns]].assign(_path=paths, fault=faults, measured=measured)
 
 
-def read_photo(path, fault, scale):
-    """Pixels uint8 (3, size, size) as in training, black where there is a fault; and the fault, "" if there is none."""
-    if not fault:
-        try:
-            photo = scale.resize(tm.open_photo(path), tm.PLAIN, "")
-            return torch.from_numpy(np.array(photo)).permute(2, 0, 1), ""
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
-            fault = tm.fault_of(error)
+def read_photo(scale, path, fault):
+    """Pixels uint8 (3, size, size) as in training, black if there is a fault; and the fault, "" if there is none."""
+    try:
+        if not fault:
+            return torch.from_numpy(np.array(scale.resize(tm.open_photo(path), tm.PLAIN, ""))).permute(2, 0, 1), ""
+    except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
+        fault = tm.fault_of(error)
     return torch.zeros(3, scale.model.backbone.size, scale.model.backbone.size, dtype=torch.uint8), fault
 
 
-def read_ahead(table, scale, ahead):
-    """What read_photo gives for each row, by threads that are at most `ahead` photos in front: memory is bounded."""
-    waiting = deque()
+def photo_batches(scale, table, faults, bar):
+    """Batches (scale.batch, 3, size, size), the last one filled up; `faults` gets the fault of each photo."""
+    parts = (table[start : start + scale.batch] for start in range(0, len(table), scale.batch))
     with ThreadPoolExecutor(tm.cores()) as pool:
-        for path, fault in zip(table["_path"], table["fault"], strict=True):
-            waiting.append(pool.submit(read_photo, path, fault, scale))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        batches = (pool.map(read_photo, itertools.repeat(scale), part["_path"], part["fault"]) for part in parts)
+        for batch, _ in itertools.pairwise(itertools.chain(batches, [None])):  # threads read the next one meanwhile
+            images, found = zip(*batch, strict=True)
+            faults += found
+            bar.update(len(found))
+            yield torch.stack(images + images[-1:] * (scale.batch - len(images)))
 
 
-def batches_of(photos, faults, size):
-    """Whole batches uint8 (size, 3, side, side), filled up with black; `faults` gets the fault of each photo."""
-    while batch := list(itertools.islice(photos, size)):
-        images = [image for image, _ in batch]
-        faults += [fault for _, fault in batch]
-        yield torch.stack(images + [torch.zeros_like(images[0])] * (size - len(images)))
-
-
-# ---------------------------------------------------------------- weighing
-
-
-def weigh_photos(scale, table, accelerator):
-    """`table` with predicted, unlike and the final fault; each process weighs its share of the photos."""
-    with accelerator.split_between_processes(list(range(len(table)))) as own:
-        weighed = pd.concat(gather_object([weigh_share(scale, table.iloc[own], accelerator)]))
-    return table.assign(**weighed[~weighed.index.duplicated()])  # who has no share is given the last photo again
+# ---------------------------------------------------------------- weights and report
 
 
 @torch.inference_mode()
-def weigh_share(scale, table, accelerator):
-    size, device, faults, parts = tm.BATCH[accelerator.device.type], accelerator.device, [], []
-    metadata = tm.encode_metadata(table, scale.metadata)
-    shown = None if accelerator.is_main_process else True
-    photos = tqdm(read_ahead(table, scale, 2 * size), "photos", len(table), unit="photo", disable=shown)
-    batches = batches_of(iter(photos), faults, size)
-    for start in range(0, len(table), CHUNK):
-        rows = metadata[start : start + CHUNK]
-        features = torch.from_numpy(scale.engine(itertools.islice(batches, math.ceil(len(rows) / size)))[: len(rows)])
-        predicted = scale.model.to_grams(scale.model(features.to(device), rows.to(device))).cpu().double().numpy()
-        parts.append(pd.DataFrame({"predicted": predicted, "unlike": how_unlike(scale, features.numpy())}))
-    photos.close()
-    weighed = pd.concat(parts).set_axis(table.index).assign(fault=faults)
-    strange = (weighed["fault"] == "") & ~np.isfinite(weighed["predicted"])
-    weighed["fault"] = weighed["fault"].mask(strange, "the prediction is not finite, pass --precision fp32")
-    bad = weighed["fault"] != ""
-    return weighed.assign(predicted=weighed["predicted"].mask(bad), unlike=weighed["unlike"] & ~bad)
-
-
-def promised(calibration, coverage):
-    """The coverage that the interval can promise, at most what is asked for; the log says for which plants."""
-    if not calibration:
-        logger.info("no interval: the model is not of cross_validate.py, so its errors on unseen plants are unknown")
-        return coverage
-    count, group = calibration["groups"], calibration["grouped_by"]
-    most = (count - 1) / (count + 1)  # with more, each side's quantile lies beyond the largest error
-    if coverage > most:
-        logger.info(f"{count:,} {group}s can promise an interval of {most:.3%} at most: taken for {coverage:.1%}")
-        coverage = most
-    logger.info(f"interval: holds {coverage:.1%} of the weights of plants of a {group} never seen, if it is like the "
-                f"{count:,} {group}s whose errors were measured")  # fmt: skip
-    return coverage
+def weigh_photos(scale, table, accelerator):
+    """`table` with predicted, unlike and the final fault; each process weighs its share of the photos."""
+    with accelerator.split_between_processes(list(range(len(table)))) as numbers:
+        share, faults, parts = table.iloc[numbers], [], []
+    with tqdm(None, "photos", len(share), unit="photo", disable=None if accelerator.is_main_process else True) as bar:
+        batches = photo_batches(scale, share, faults, bar)
+        for metadata in tm.encode_metadata(share, scale.metadata).to(accelerator.device).split(CHUNK):
+            features = scale.engine(itertools.islice(batches, math.ceil(len(metadata) / scale.batch)))[: len(metadata)]
+            outputs = scale.model(torch.from_numpy(features).to(accelerator.device), metadata)
+            grams = scale.model.to_grams(outputs).cpu().double().numpy()
+            unlike = unlikeness(scale.familiar, features) > scale.familiar["limit"] if scale.familiar else False
+            parts.append(pd.DataFrame({"predicted": grams, "unlike": unlike}))
+    weighed = pd.concat(parts).set_axis(share.index).assign(fault=faults)
+    weighed.loc[weighed["fault"] != "", ["predicted", "unlike"]] = np.nan, False
+    weighed = pd.concat(gather_object([weighed]))
+    return table.assign(**weighed[~weighed.index.duplicated()])  # without a share a process has the last photo again
 
 
 def add_interval(table, scale, coverage):
-    """`table` with low, high and whether what was measured lies outside."""
+    """`table` with low, high and outside (what was measured is), and the coverage, lowered to what can be promised."""
     if not scale.calibration:
-        return table.assign(low=np.nan, high=np.nan, outside=False)
-    low, high = tm.interval(scale.calibration, table["predicted"], coverage)
-    measured = table.get("measured", table["predicted"])
-    return table.assign(low=low, high=high, outside=(measured < low) | (measured > high))
-
-
-# ---------------------------------------------------------------- report
+        logger.info("no interval: the model is not of cross_validate.py, its errors on unseen plants are not known")
+        return table.assign(low=np.nan, high=np.nan, outside=False), coverage
+    count, name = scale.calibration["groups"], scale.calibration["grouped_by"]
+    most = (count - 1) / (count + 1)  # beyond it the quantiles lie outside all errors that were seen
+    if coverage > most:
+        logger.info(f"{count:,} {name}s can promise {most:.1%} at most: taken in place of --coverage {coverage}")
+        coverage = most
+    logger.info(f"interval: holds {coverage:.1%} of the weights in a {name} never seen, if it is like the {count:,} "
+                "from whose errors it comes")  # fmt: skip
+    low, high = interval(scale.calibration, table["predicted"], coverage)
+    return table.assign(low=low, high=high, outside=(table["measured"] < low) | (table["measured"] > high)), coverage
 
 
 def write_table(table, scale, path):
-    lacking = pd.Series("", table.index)
+    note = table["fault"].mask(table["unlike"], UNLIKE)
     for step in scale.metadata:
         cells, known = table[step["column"]], step.get("categories")
-        missing = tm.to_numbers(cells).isna() if known is None else ~tm.to_ids(cells).isin(known)
-        lacking += np.where(missing, f"; without {step['column']}", "")
-    unlike = np.where(table["unlike"], f"; {UNLIKE}", "")
-    note = ("; " + table["fault"]).where(table["fault"] != "", "") + unlike + lacking
-    written = table[["filename", "predicted", "low", "high"]].assign(note=note.str.removeprefix("; "))
-    written = written.rename(columns={name: name + scale.suffix for name in ("predicted", "low", "high")})
+        lacks = tm.to_numbers(cells).isna() if known is None else ~tm.to_ids(cells).isin(known)
+        note = note.mask(lacks, (note + f"; without {step['column']}").str.removeprefix("; "))
+    numbers = table[["predicted", "low", "high"]].add_suffix(scale.suffix)
     with tm.whole_file(path) as partial:
+        written = pd.concat([table["filename"], numbers, note.rename("note")], axis=1)
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
-def log_summary(table, scale, coverage, seconds):
-    good, unit = table[table["fault"] == ""], scale.suffix.replace("_", " ")
-    text = f"{len(good):,} photos weighed in {seconds:.1f} s ({len(table) / seconds:.0f} photos/s)"
-    if len(good):
-        total = f", total {good['predicted'].sum():.4f}{unit}" if unit else ""
-        text += f": mean {good['predicted'].mean():.4f}{unit}{total}, {good['unlike'].sum():,} {UNLIKE}"
-    logger.info(f"{text}, {len(table) - len(good):,} unreadable")
+def log_summary(table, scale, coverage):
+    good, unit = table[table["fault"] == ""], scale.space_unit
+    mean, total = good["predicted"].agg(["mean", "sum"])
+    logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, "
+                f"{good['unlike'].sum():,} {UNLIKE}, {len(table) - len(good):,} unreadable")  # fmt: skip
     known = good.dropna(subset="measured")
     if len(known):
         errors = known["predicted"] - known["measured"]
         inside = f", {1 - known['outside'].mean():.1%} in the {coverage:.1%} interval" if scale.calibration else ""
-        logger.info(f"against {len(known):,} measured: RMSE {np.sqrt((errors**2).mean()):.4f}{unit}, bias "
-                    f"{errors.mean():.4f}{unit}{inside}")  # fmt: skip
+        logger.info(f"against {len(known):,} measured: RMSE {math.sqrt(errors.pow(2).mean()):.4f}{unit}, "
+                    f"bias {errors.mean():.4f}{unit}{inside}")  # fmt: skip
 
 
 def draw_sheet(table, scale, args):
     """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
-    good = table[table["fault"] == ""]
-    marked = good["unlike"] | good["outside"]
-    rest = good[~marked].sort_values("predicted", kind="stable")
-    room = min(max(THUMBNAILS - int(marked.sum()), 0), len(rest))
-    rest = rest.iloc[np.linspace(0, len(rest) - 1, room).round().astype(int)]
-    shown = pd.concat([good[marked][:THUMBNAILS], rest])
-    rows = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1)
-    figure, axes = tm.new_figure(args, rows, THUMBNAILS_A_ROW, (6.5, 1.4 * rows + 0.5))
+    good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
+    marked = good[good[list(MARKS)].any(axis=1)]
+    others = good.drop(marked.index)
+    room = min(max(THUMBNAILS - len(marked), 0), len(others))
+    spread = np.linspace(0, len(others) - 1, room).round().astype(int)
+    shown = pd.concat([marked[:THUMBNAILS], others.iloc[spread]])
+    rows, unit = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1), scale.space_unit
+    figure, axes = tm.new_figure(args, rows, THUMBNAILS_A_ROW, (10.4, 2 * rows + 0.4))  # for a page: 6.5 wide
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
-        axis.imshow(tm.open_photo(row["_path"]).resize((160, 160)))
-        text, colour = caption(row, scale), "tab:red" if row["unlike"] or row["outside"] else "black"
-        axis.set_title(tm.plain(text), fontsize=5.5, color=colour, pad=2, linespacing=1.05)
-    figure.suptitle(f"{len(shown):,} of {len(good):,} photos with their predicted {tm.plain(scale.target)}", fontsize=8)
-    save_sheet(figure, args.sheet)
+        axis.imshow(tm.open_photo(row["_path"]).resize((108, 108)))
+        reasons, name = [text for column, text in MARKS.items() if row[column]], row["filename"][-28:]
+        lines = [name[:14], name[14:], f"predicted {row['predicted']:.3f}{unit}"]
+        lines.append(f"{row['low']:.3f} to {row['high']:.3f}" if scale.calibration else "")
+        lines.append(f"measured {row['measured']:.3f}{unit}" if np.isfinite(row["measured"]) else "")
+        text, colour = "\n".join(filter(None, lines + reasons)), "tab:red" if reasons else "black"
+        axis.set_title(tm.plain(text), fontsize=9, color=colour, pad=3)
+    figure.suptitle(f"{len(shown):,} of {len(good):,} photos, predicted {tm.plain(scale.target)}", fontsize=12)
+    tm.save_figure(figure, args.sheet, photos=True)
 
 
-def caption(row, scale):
-    """File name, what is predicted, its interval, what was measured, and why the photo is marked."""
-    unit = scale.suffix.replace("_", " ")
-    lines = [*textwrap.wrap(row["filename"][-32:], 16), f"predicted {row['predicted']:.3f}{unit}"]
-    if scale.calibration:
-        lines.append(f"{row['low']:.3f} to {row['high']:.3f}")
-    if np.isfinite(row["measured"]):
-        lines.append(f"measured {row['measured']:.3f}{unit}")
-    lines += ["outside interval"] * bool(row["outside"]) + ["unlike training"] * bool(row["unlike"])
-    return "\n".join(lines)
-
-
-def save_sheet(figure, path):
-    """Write a PNG with as many colours as keep it small, because photos make large ones."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
-    for colours in (128, 64, 32, 16):
-        small.seek(small.truncate(0))
-        Image.open(drawn).convert("RGB").quantize(colours).save(small, format="PNG", optimize=True)
-        if small.tell() < SHEET_BYTES:
-            break
-    with tm.whole_file(path) as partial:
-        partial.write_bytes(small.getvalue())
-
-
-# ---------------------------------------------------------------- other programs
-
-
-class Grams(torch.nn.Module):
+class Grams(torch.nn.Sequential):
     """Photos uint8 (n, 3, height, width), and metadata as encoded, to predictions (n,): one graph for export."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
     def forward(self, photos, metadata=None):
-        net = self.model.backbone
-        mode = net.interpolation.value
-        images = torch.nn.functional.interpolate(photos.float(), [net.size] * 2, mode=mode, antialias=True)
-        return self.model.to_grams(self.model(images.round().clamp(0, 255), metadata))
+        model, size, mode = self[0], [self[0].backbone.size] * 2, self[0].backbone.interpolation.value
+        images = torch.nn.functional.interpolate(photos.float(), size, mode=mode, antialias=True)
+        return model.to_grams(model(images.round().clamp(0, 255), metadata))
 
 
 def export(scale, path):
-    """Write the model as ONNX, once onnxruntime gives the same grams as PyTorch.
+    """Write the model as ONNX, once onnxruntime gives the same predictions as PyTorch; its inputs are those of Grams.
 
-    Inputs: `photos` uint8 (n, 3, height, width), RGB and upright, of any one size; with a model of metadata also
-    `metadata` float32 (n, m), as tm.encode_metadata gives them. Output: `predicted` (n,), in the unit of the target.
+    The photos are RGB, upright and of any one size, the metadata as tm.encode_metadata gives them.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError as error:
         raise tm.UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime") from error
-    grams = Grams(scale.model.cpu().to(memory_format=torch.contiguous_format)).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names = ["photos", "metadata"] if scale.metadata else ["photos"]
-    n, side = torch.export.Dim("n"), torch.export.Dim
-    dynamic = {"photos": {0: n, 2: side("height"), 3: side("width")}, "metadata": {0: n}}
-    with tm.whole_file(path) as partial:
-        torch.onnx.export(
-            grams, example(scale, names, 2, 256, 256), str(partial), input_names=names, output_names=["predicted"],
-            dynamic_shapes={name: dynamic[name] for name in names}, dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+    grams = Grams(scale.model.cpu().to(memory_format=torch.contiguous_format)).eval()
+    photos = torch.randint(256, (3, 3, 300, 200), dtype=torch.uint8, generator=torch.manual_seed(0))
+    inputs, dims = {"photos": photos}, {"photos": {0: "n", 2: "height", 3: "width"}}
+    if scale.metadata:
+        inputs, dims = inputs | {"metadata": torch.zeros(3, scale.width)}, dims | {"metadata": {0: "n"}}
+    with tm.whole_file(path) as partial, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what an export says of its own steps
+        torch.onnx.export(grams, tuple(inputs.values()), str(partial), input_names=list(inputs), dynamic_shapes=dims,
+                          output_names=["predicted"], external_data=False, dynamo=True, verbose=False)  # fmt: skip
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        for shape in ((3, 256, 256), (1, 300, 200)):
-            inputs = example(scale, names, *shape)
-            with torch.inference_mode():
-                wanted = grams(*inputs).numpy()
-            answer = session.run(None, {name: part.numpy() for name, part in zip(names, inputs, strict=True)})[0]
-            if not np.allclose(answer, wanted, rtol=1e-3, atol=1e-4):
-                raise tm.UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
+        answer = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        if not np.allclose(answer, wanted := grams(*inputs.values()).numpy(), rtol=1e-3, atol=1e-4):
+            raise tm.UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def build_parser():
+    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=tm.HelpFormatter)
+    add = parser.add_argument_group("input").add_argument
+    add("photos", nargs="*", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
+    add("--recursive", action="store_true", help="also the folders in the folders")
+    add("--labels_path", type=Path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
+    add("--image_dir", type=Path, help="folder of the sheet's photos (default: images_med_res beside the sheet)")
+    add("--model", type=Path, default="models/biomass_resnet.pt", help="checkpoint")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the training")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default="predictions.csv", help="table")
+    add("--coverage", type=tm.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval")
+    add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
+    add("--export", type=Path, metavar="FILE.onnx", help="write the model for other programs; photos are then optional")
+    parser.set_defaults(freeze_backbone=True, unfreeze_from=None, track=None, results_dir=None)  # no training here
+    return parser
+
+
+def check_arguments(args):
+    if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
+        raise tm.UserError("pass either photos and folders, or --labels_path with a sheet")
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise tm.UserError(f"--sheet {args.sheet} must end in .png")
+    if args.image_dir and not args.labels_path:
+        raise tm.UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
+    args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
+    for folder in [*args.photos, args.image_dir]:
+        outputs = filter(None, (args.out, args.sheet, args.export))
+        tm.check_writable(outputs, [args.model, args.labels_path, *args.photos], folder)
+
+
+def predict(argv, started):
+    """The whole run, from the flags to the table; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    check_arguments(args)
+    scale = read_model(args.model)
+    args.precision = scale.settings["precision"] if args.precision == "auto" else args.precision
+    accelerator = tm.start_accelerator(args, started)
+    scale.model.to(accelerator.device, memory_format=torch.channels_last)
+    scale.batch = tm.BATCH[accelerator.device.type]
+    scale.engine, name = tm.make_engine(scale.model.backbone, accelerator.device, args.precision)
+    logger.info(f"{args.model}: {scale.settings['name']} by {name} on {accelerator.device.type}, {args.precision}")
+    unreadable = False
+    if args.photos or args.labels_path:
+        table = weigh_photos(scale, photos_of(args, scale), accelerator)
+        table, coverage = add_interval(table, scale, args.coverage)
+        log_summary(table, scale, coverage)
+        unreadable = (table["fault"] != "").any()
+        if accelerator.is_main_process:
+            write_table(table, scale, args.out)
+            if args.sheet:
+                draw_sheet(table, scale, args)
+    if args.export and accelerator.is_main_process:
+        export(scale, args.export)
+    return int(unreadable)
+
+
+def main(argv=None):
+    return tm.run_script("predict.py", predict, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

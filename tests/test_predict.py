@@ -1,152 +1,173 @@
 """What a user of predict.py would notice: the weights, the interval, the notes, the message on bad input."""
 
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import SHEET, TARGET, flags_of, quick, train
 from PIL import Image
-from test_train_model import SHEET, TARGET, train
 
+import cross_validate
 import predict
-from calibration import calibrate, interval
+import train_model
 
 PHOTOS = "images_med_res"
 
 
-def weigh(*flags):
-    return predict.main([str(flag) for flag in ("--device", "cpu", *flags)])
+def weigh(model, out, *flags, engine=quick):
+    """Exit status of predict.py, and its table by file name."""
+    with engine():
+        status = predict.main(["--model", model, "--out", out, "--device", "cpu", *flags])
+    return status, pd.read_csv(out).set_index("filename") if out.is_file() else None
+
+
+def assert_same(table, out):
+    wanted = pd.read_csv(out / "predictions.csv").set_index("filename")["predicted_g"]
+    assert table.loc[wanted.index, "predicted_g"].to_numpy() == pytest.approx(wanted.to_numpy(), abs=1e-6)
+
+
+def pixels_of(drawn, names, side=64):
+    photos = (Image.open(drawn / PHOTOS / name).convert("RGB").resize((side, side), Image.BILINEAR) for name in names)
+    return torch.from_numpy(np.stack([*map(np.array, photos)])).permute(0, 3, 1, 2).contiguous()
 
 
 @pytest.fixture(scope="module")
-def trained(drawn, tmp_path_factory):
-    """A model trained with folds on the drawn photos, quickly."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    flags = ["--folds", 5, "--epochs", 15, "--standardize_features", "--target_transform", "sqrt", "--image_size", 96]
-    train(drawn, out, *flags, "--group_by", "filename")
+def judged(drawn, tmp_path_factory):
+    """A model of cross_validate.py, which knows its errors and its training photos; quickly trained."""
+    out = tmp_path_factory.mktemp("judged") / "out"
+    flags = ["--folds", 3, "--standardize_features", "--no_augmentation", "--group_by", "filename", "--epochs", 5]
+    train(drawn, out, *flags, script=cross_validate)
     return out / "model.pt"
 
 
-def test_predictions_are_those_of_the_training_run(drawn, tmp_path):
-    for name, flags in {
-        "stored": ["--standardize_features", "--target_transform", "log"],
-        "layers": ["--unfreeze_from", "layer4.1", "--image_size", 64],
-        "images": ["--unfreeze_backbone", "--image_size", 64, "--epochs", 1],
-    }.items():
-        train(drawn, tmp_path / name, "--epochs", 2, "--precision", "fp32", *flags)
-        model, out = tmp_path / name / "model.pt", tmp_path / f"{name}.csv"
-        assert weigh("--model", model, drawn / PHOTOS, "--out", out) == 0
-        wanted = pd.read_csv(tmp_path / name / "predictions.csv").set_index("filename")["predicted_g"]
-        table = pd.read_csv(out).set_index("filename")
-        assert len(table) == 60
-        assert table.loc[wanted.index, "predicted_g"].to_numpy() == pytest.approx(wanted.to_numpy(), abs=1e-6)
-        assert table[["low_g", "high_g", "note"]].isna().all(axis=None)
+@pytest.fixture(scope="module")
+def clean(drawn, judged, tmp_path_factory):
+    return weigh(judged, tmp_path_factory.mktemp("clean") / "p.csv", drawn / PHOTOS)[1]
 
 
-def test_intervals_hold_for_new_plants_and_grow_with_the_prediction():
-    random = np.random.default_rng(0)
-
-    def draw(plants):
-        plant = np.repeat(np.arange(plants), random.integers(1, 20, plants))
-        predicted = random.lognormal(-1.5, 0.9, plants)[plant] * random.uniform(0.8, 1.25, len(plant))
-        noise = random.normal(0, 0.8, plants)[plant] + random.gamma(2, 0.5, len(plant)) - 1
-        return predicted, (0.02 + 0.2 * predicted) * noise, plant
-
-    covered, heavy = [], []
-    for _ in range(40):
-        predicted, errors, plant = draw(120)
-        calibration = calibrate(predicted, errors, plant)
-        predicted, errors, plant = draw(120)
-        measured = (predicted - errors).clip(min=0)
-        low, high = interval(calibration, predicted, 0.9)
-        inside = (low <= measured) & (measured <= high)
-        covered.append(pd.Series(inside).groupby(plant).mean().mean())
-        heavy.append(inside[predicted > np.quantile(predicted, 0.75)].mean())
-        assert (low >= 0).all() and (low <= predicted).all() and (predicted <= high).all()
-    assert 0.89 <= np.mean(covered) <= 0.92
-    assert np.mean(heavy) > 0.85
-    width = high - low
-    assert np.median(width[predicted > 0.5]) > 3 * np.median(width[predicted < 0.1])
-    few = calibrate([0.1, 0.2, 0.3], [0.01, -0.02, 0.03], [1, 2, 3])
-    assert np.isinf(interval(few, [0.2], 0.9)[1]).all() and np.isfinite(interval(few, [0.2], 0.4)[1]).all()
+@pytest.fixture(scope="module")
+def with_metadata(drawn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("with_metadata") / "out"
+    train(drawn, out, "--model_name", "resnet18", "--metadata_columns", "age_days", "lab_book_page")
+    return out / "model.pt"
 
 
-def test_a_folder_with_odd_photos_is_weighed_photo_by_photo(drawn, trained, tmp_path, capsys):
+@pytest.mark.parametrize("flags", ["--standardize_features --target_transform log", "--unfreeze_from conv5"])
+def test_predictions_are_those_of_the_training_run(drawn, flags, tmp_path):
+    train(drawn, tmp_path / "out", *flags.split())
+    status, table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS)
+    assert status == 0 and len(table) == 60
+    assert_same(table, tmp_path / "out")
+    assert table[["low_g", "high_g", "note"]].isna().all(axis=None)  # only cross_validate.py teaches these
+
+
+def test_the_engine_gives_what_training_and_plain_pytorch_give(drawn, tmp_path):
+    assert train_model.main(flags_of(drawn, tmp_path / "out", "--no_augmentation", "--epochs", 1)) == 0
+    table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, engine=nullcontext)[1]
+    assert_same(table, tmp_path / "out")
+    model = predict.read_model(tmp_path / "out" / "model.pt").model
+    with torch.no_grad():
+        plain = model.to_grams(model(pixels_of(drawn, table.index), None)).numpy()
+    assert table["predicted_g"].to_numpy() == pytest.approx(plain, abs=1e-4)
+
+
+def test_a_folder_with_odd_photos_is_weighed_photo_by_photo(drawn, judged, clean, tmp_path, capsys):
     photos = tmp_path / "photos"
-    shutil.copytree(drawn / PHOTOS, photos)
-    assert weigh("--model", trained, photos, "--out", tmp_path / "clean.csv") == 0
-    clean = pd.read_csv(tmp_path / "clean.csv").set_index("filename")
+    shutil.copytree(drawn / PHOTOS, photos / "deeper" / "still")
+    shutil.copy(next((drawn / PHOTOS).glob("*.png")), photos / "top.PNG")
+    first, second = ("deeper/still/" + name for name in clean.index[:2])
+    (photos / first).write_bytes((photos / first).read_bytes()[:1000])
+    (photos / second).write_text("no photo")
+    status, odd = weigh(judged, tmp_path / "p.csv", photos, "--recursive", "--sheet", tmp_path / "sheet.png")
+    assert status == 1 and "59 photos weighed" in (printed := capsys.readouterr().out) and "2 unreadable" in printed
+    assert odd.loc[[first, second], "note"].str.startswith("unreadable photo").all()
+    assert odd.loc[[first, second], ["predicted_g", "low_g", "high_g"]].isna().all(axis=None)
+    same, numbers = odd.loc["deeper/still/" + clean.index[2:]], ["predicted_g", "low_g", "high_g"]
+    assert same[numbers].to_numpy() == pytest.approx(clean[numbers][2:].to_numpy(), abs=1e-6)
+    assert 800 < Image.open(tmp_path / "sheet.png").width < 1200 and (tmp_path / "sheet.png").stat().st_size < 400_000
+    status, top = weigh(judged, tmp_path / "top.csv", photos, drawn / PHOTOS / clean.index[0])
+    assert status == 0 and sorted(top.index) == sorted(["top.PNG", clean.index[0]])
+
+
+def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path, capsys):
     assert list(clean) == ["predicted_g", "low_g", "high_g", "note"]
-    assert (clean["low_g"] >= 0).all() and (clean["low_g"] <= clean["predicted_g"]).all()
-    assert (clean["predicted_g"] <= clean["high_g"]).all() and np.isfinite(clean["high_g"]).all()
-    assert clean["note"].notna().sum() <= 3
-
-    first, second, third = (photos / name for name in sorted(clean.index)[:3])
-    first.write_bytes(first.read_bytes()[:1000])
-    second.write_text("no photo")
-    turned = Image.Exif()
-    turned[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
-    Image.open(third).transpose(Image.Transpose.ROTATE_90).save(photos / "turned.jpg", quality=95, exif=turned)
-    for suffix in ("tif", "webp"):
-        Image.open(third).save(photos / f"same.{suffix}", lossless=True)
-    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(photos / "noise.png")
-    Image.new("RGB", (256, 256), "white").save(photos / "blank.png")
-    capsys.readouterr()
-    flags = ["--model", trained, photos, "--sheet", tmp_path / "sheet.png"]
-    assert weigh(*flags, "--out", tmp_path / "odd.csv") == 1
-    assert "63 photos weighed" in (printed := capsys.readouterr().out) and "2 unreadable" in printed
-    odd = pd.read_csv(tmp_path / "odd.csv").set_index("filename")
-    assert odd.loc[[first.name, second.name], "note"].str.startswith("unreadable photo").all()
-    assert odd.loc[[first.name, second.name], ["predicted_g", "low_g", "high_g"]].isna().all(axis=None)
-    good = sorted(set(clean.index) - {first.name, second.name})
-    assert odd.loc[good, "predicted_g"].to_numpy() == pytest.approx(clean.loc[good, "predicted_g"].to_numpy(), abs=1e-5)
-    assert odd.loc[["same.tif", "same.webp"], "predicted_g"].nunique() == 1
-    assert odd.loc["turned.jpg", "predicted_g"] == pytest.approx(clean.loc[third.name, "predicted_g"], rel=0.1)
-    assert (odd.loc[["noise.png", "blank.png"], "note"] == predict.UNLIKE).all()
-    picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
-    assert picture.shape[1] > 1500 and picture.std() > 5
-    weigh(*flags, "--out", tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "odd.csv").read_bytes()
+    assert clean["predicted_g"].between(clean["low_g"], clean["high_g"]).all() and clean["low_g"].min() >= 0
+    narrow = weigh(judged, tmp_path / "p.csv", drawn / PHOTOS, "--coverage", 0.5)[1]
+    assert (narrow["low_g"] >= clean["low_g"]).all() and narrow["high_g"].mean() < clean["high_g"].mean()
+    assert "holds 50.0% of the weights in a filename never seen" in capsys.readouterr().out
+    few = {"groups": 9, "grouped_by": "experiment_id", "growth": [0.1, 0.0, 0.01], "floor": 0.0}
+    few |= {"scores": [float(score) for score in range(-4, 5)], "weights": [0.1] * 9}
+    torch.save(torch.load(judged, weights_only=True) | {"calibration": few}, tmp_path / "few.pt")
+    table = weigh(tmp_path / "few.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
+    assert "9 experiment_ids can promise 80.0% at most" in capsys.readouterr().out
+    assert (table["high_g"] - table["predicted_g"]).to_numpy() == pytest.approx(0.4, abs=1e-6)  # the largest of nine
 
 
-def test_a_sheet_gives_metadata_and_measured_weights(drawn, tmp_path, capsys):
-    flags = ["--folds", 3, "--epochs", 5, "--image_size", 64, "--standardize_features"]
-    train(drawn, tmp_path / "out", *flags, "--metadata_columns", "age_days", "lab_book_page")
-    sheet = pd.read_excel(drawn / SHEET)
-    sheet[[TARGET, "lab_book_page", "filename", "age_days"]].to_csv(tmp_path / "new.csv", index=False)
-    capsys.readouterr()
-    flags = ["--model", tmp_path / "out" / "model.pt", "--out", tmp_path / "p.csv"]
-    assert weigh(*flags, "--labels_path", tmp_path / "new.csv", "--image_dir", drawn / PHOTOS) == 0
-    assert f"against {sheet[TARGET].count()} measured: RMSE" in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "p.csv")
-    assert table["filename"].tolist() == sheet["filename"].tolist() and table["predicted_g"].notna().all()
-    for wrong, text in ((["--labels_path", tmp_path / "old.csv"], "age_days"), ([drawn / PHOTOS], "--labels_path")):
-        sheet[["filename"]].to_csv(tmp_path / "old.csv", index=False)
-        with pytest.raises(SystemExit) as stop:
-            weigh(*flags, *wrong, "--image_dir", drawn / PHOTOS)
-        assert stop.value.code == 2 and text in capsys.readouterr().err
+def test_photos_unlike_the_training_photos_are_marked(drawn, judged, clean, tmp_path):
+    checkpoint = torch.load(judged, weights_only=True)
+    with torch.no_grad():
+        features = predict.read_model(judged).model.backbone(pixels_of(drawn, clean.index)).numpy()
+    familiar = {name: value.numpy() for name, value in checkpoint["familiar"].items()}
+    distances = cross_validate.unlikeness(familiar, features)
+    familiar["limit"].fill(np.quantile(distances, 0.71))  # it shares the checkpoint's memory
+    torch.save(checkpoint, tmp_path / "strict.pt")
+    table = weigh(tmp_path / "strict.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
+    assert table["note"].eq(predict.UNLIKE).tolist() == (distances > familiar["limit"]).tolist()
 
 
-@pytest.mark.parametrize(
-    ("flags", "texts"),
-    [
-        (["--model", "nowhere.pt", "{photos}"], ["no model at nowhere.pt", "train_model.py"]),
-        (["--model", "photo.pt", "{photos}"], ["photo.pt", "not a checkpoint"]),
-        (["--model", "foreign.pt", "{photos}"], ["foreign.pt", "not a checkpoint", "lacks"]),
-        (["--model", "code.pt", "{photos}"], ["code.pt", "not a checkpoint"]),
-        (["--model", "{model}"], ["photos and folders", "--labels_path"]),
-        (["--model", "{model}", "nowhere"], ["no photo and no folder at nowhere"]),
-        (["--model", "{model}", "empty"], ["no photo in empty", "--recursive"]),
-        (["--model", "{model}", "{photos}", "--coverage", "1"], ["--coverage", "below 1"]),
-        (["--model", "{model}", "{photos}", "--out", "empty"], ["empty"]),
-        (["--model", "{model}", "{photos}", "--out", "photo.pt/p.csv"], ["photo.pt"]),
-        (["--model", "other.pt", "{photos}"], ["other.pt", "does not fit"]),
-        (["--model", "{model}", "--labels_path", "header.csv", "--image_dir", "{photos}"], ["header.csv", "no row"]),
-    ],
-)
-def test_mistakes_get_one_line(flags, texts, drawn, trained, tmp_path, monkeypatch, capsys):
+def test_a_sheet_gives_measured_weights_and_decimal_commas(drawn, judged, clean, tmp_path, capsys, monkeypatch):
+    sheet = pd.read_excel(drawn / SHEET)[["filename", TARGET]].dropna().head(20)
+    sheet.loc[sheet.index[0], TARGET] = 9.5
+    sheet["filename"] = sheet["filename"].str.upper()
+    rows = pd.concat([sheet, pd.DataFrame({"filename": [None, "gone.png"], TARGET: 0.2})])
+    rows.to_csv(tmp_path / "new.csv", sep=";", decimal=",", index=False)
+    flags = ["--labels_path", tmp_path / "new.csv", "--image_dir", drawn / PHOTOS, "--sheet", tmp_path / "sheet.png"]
+    drawings = []
+    monkeypatch.setattr(train_model, "save_figure", lambda figure, *_, **__: drawings.append(figure))
+    status, table = weigh(judged, tmp_path / "p.csv", *flags)
+    assert status == 1 and table.loc["gone.png", "note"] == "no such file" and len(table) == 21
+    predicted = table["predicted_g"].dropna().to_numpy()
+    assert predicted == pytest.approx(clean.loc[sheet["filename"].str.lower(), "predicted_g"].to_numpy(), abs=1e-6)
+    errors = predicted - sheet[TARGET].to_numpy()
+    assert "1 rows without a file name" in (printed := capsys.readouterr().out)
+    assert f"against 20 measured: RMSE {np.sqrt((errors**2).mean()):.4f} g, bias {errors.mean():.4f} g" in printed
+    titles = [axis.get_title() for axis in drawings[0].axes if axis.get_title()]
+    marked = [title for title in titles if "measured 9.500 g" in title]
+    assert len(titles) == 20 and len(marked) == 1 and "outside interval" in marked[0]
+
+
+def test_metadata_come_from_the_sheet(drawn, with_metadata, tmp_path):
+    sheet = pd.read_excel(drawn / SHEET)[["filename", "age_days", "lab_book_page"]]
+    judged_rows = sheet["filename"].isin(pd.read_csv(with_metadata.parent / "predictions.csv")["filename"])
+    sheet.loc[~judged_rows, "age_days"] = np.nan
+    sheet.to_excel(tmp_path / "new.xlsx", index=False)
+    flags = ["--labels_path", tmp_path / "new.xlsx", "--image_dir", drawn / PHOTOS]
+    status, table = weigh(with_metadata, tmp_path / "p.csv", *flags)
+    lacks = table["note"].fillna("").str.contains("without age_days").to_numpy()
+    assert status == 0 and (lacks == sheet["age_days"].isna()).all()
+    assert_same(table, with_metadata.parent)
+
+
+MISTAKES = {
+    "nowhere.pt {photos}": "no model at nowhere.pt: train one",
+    "photo.pt {photos}": "photo.pt is not a checkpoint",
+    "code.pt {photos}": "code.pt is not a checkpoint",
+    "other.pt {photos}": "other.pt is not a checkpoint",
+    "{metadata} {photos}": "{metadata} has learned from age_days, lab_book_page too: pass them by --labels_path",
+    "{metadata} --labels_path header.csv": "header.csv has no column 'age_days'",
+    "{model}": "pass either photos and folders, or --labels_path",
+    "{model} empty": "no photo at empty",
+    "{model} {photos} --out empty": "cannot write empty (it is a folder)",
+    "{model} {photos} --sheet sheet.jpg": "--sheet sheet.jpg must end in .png",
+    "{model} --labels_path header.csv --image_dir {photos}": "no row of header.csv has a file name",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes_get_one_line(flags, drawn, judged, with_metadata, tmp_path, monkeypatch, capsys):
     class Code:
         def __reduce__(self):
             return (open, (str(tmp_path / "was_run"), "w"))
@@ -154,32 +175,26 @@ def test_mistakes_get_one_line(flags, texts, drawn, trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "photo.pt").write_bytes(b"no model")
-    torch.save({"state_dict": {}}, "foreign.pt")
-    torch.save({"model_state": Code()}, "code.pt")
-    other = torch.load(trained, weights_only=True)
-    torch.save(other | {"settings": other["settings"] | {"model_name": "resnet34"}}, "other.pt")
     (tmp_path / "header.csv").write_text("filename,plant_number\n")
-    with pytest.raises(SystemExit) as stop:
-        weigh(*(flag.format(photos=drawn / PHOTOS, model=trained) for flag in flags))
-    assert stop.value.code == 2
+    checkpoint = torch.load(judged, weights_only=True)
+    torch.save({"model_state": Code()}, "code.pt")
+    torch.save(checkpoint | {"settings": checkpoint["settings"] | {"name": "resnet18"}}, "other.pt")
+    places = {"photos": drawn / PHOTOS, "model": judged, "metadata": with_metadata}
+    assert predict.main(["--device", "cpu", "--model", *flags.format(**places).split()]) == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and all(text in error for text in texts), error
+    assert error.startswith(f"predict.py: error: {MISTAKES[flags].format(**places)}") and error.count("\n") == 1
     assert not (tmp_path / "was_run").exists()
 
 
-def test_export_gives_the_same_grams(drawn, trained, tmp_path, capsys):
-    out = tmp_path / "model.onnx"
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
-        with pytest.raises(SystemExit):
-            weigh("--model", trained, "--export", out)
-        assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err and not out.exists()
-        return
-    assert weigh("--model", trained, "--export", out) == 0
-    weigh("--model", trained, drawn / PHOTOS, "--precision", "fp32", "--out", tmp_path / "p.csv")
-    table = pd.read_csv(tmp_path / "p.csv")[:6]
-    photos = np.stack([np.asarray(Image.open(drawn / PHOTOS / name)).transpose(2, 0, 1) for name in table["filename"]])
-    grams = onnxruntime.InferenceSession(str(out)).run(None, {"photos": photos})[0]
-    assert grams == pytest.approx(table["predicted_g"].to_numpy(), rel=0.02, abs=0.002)  # it resizes in floats
+def test_export_gives_the_same_grams(drawn, with_metadata, tmp_path, recwarn):
+    onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    assert weigh(with_metadata, tmp_path / "p.csv", "--export", tmp_path / "model.onnx") == (0, None)
+    assert not recwarn.list
+    table = weigh(with_metadata, tmp_path / "p.csv", "--labels_path", drawn / SHEET)[1].head(5)
+    rows = pd.read_excel(drawn / SHEET).set_index("filename").loc[table.index]
+    metadata = train_model.encode_metadata(rows, torch.load(with_metadata, weights_only=True)["metadata"]).numpy()
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for side, tolerance in ((64, 1e-4), (256, 0.02)):  # where it resizes it does so in floats
+        photos = pixels_of(drawn, table.index, side).numpy()
+        grams = session.run(None, {"photos": photos, "metadata": metadata})[0]
+        assert grams == pytest.approx(table["predicted_g"].to_numpy(), abs=tolerance)

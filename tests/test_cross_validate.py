@@ -1,0 +1,193 @@
+"""cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SHEET, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
+from PIL import Image
+from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+from sklearn.model_selection import GroupKFold
+
+import cross_validate
+import train_model as tm
+
+
+@pytest.fixture(scope="module")
+def judged(drawn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("judged") / "out"
+    return out, train(drawn, out, "--folds", 3, "--group_by", "experiment_id", "plant_number", script=cross_validate)
+
+
+def test_each_row_is_predicted_once_apart_from_its_plant_and_the_pooled_numbers_are_those_of_scikit_learn(
+    judged, drawn
+):
+    out, metrics = judged
+    table, labelled = pd.read_csv(out / "predictions.csv"), pd.read_excel(drawn / SHEET).dropna(subset=TARGET)
+    assert sorted(table["filename"]) == sorted(labelled["filename"])
+    wanted = labelled.set_index("filename").loc[table["filename"], TARGET]
+    assert table["measured_g"].tolist() == pytest.approx(wanted.tolist())
+    assert table.groupby(["experiment_id", "plant_number"])["fold"].nunique().max() == 1
+    assert set(table["fold"]) == {1, 2, 3}
+    measured, predicted = table["measured_g"], table["predicted_g"]
+    assert metrics["val_rmse"] == pytest.approx(root_mean_squared_error(measured, predicted), rel=1e-6)
+    assert metrics["val_mae"] == pytest.approx(mean_absolute_error(measured, predicted), rel=1e-6)
+    assert metrics["val_r2"] == pytest.approx(r2_score(measured, predicted), rel=1e-5)
+    assert metrics["val_bias"] == pytest.approx((predicted - measured).mean(), rel=1e-4)
+    assert (metrics["val_rows"], metrics["val_plants"]) == (
+        len(table),
+        len(table.groupby(["experiment_id", "plant_number"])),
+    )
+    assert metrics["epoch"] == 2 and metrics["epoch_chosen_on"] == "none" and "last_epoch_val_rmse" not in metrics
+    mean = [measured[table["fold"] != fold].mean() for fold in table["fold"]]
+    assert metrics["baseline_mean_rmse"] == pytest.approx(root_mean_squared_error(measured, mean), rel=1e-5)
+    each = metrics["folds"]["each"]
+    for row, (fold, rows) in zip(each, table.groupby("fold"), strict=True):
+        assert row["fold"] == fold and row["val_rows"] == len(rows) and row["train_rows"] == len(table) - len(rows)
+        assert row["val_rmse"] == pytest.approx(
+            root_mean_squared_error(rows["measured_g"], rows["predicted_g"]), rel=1e-6
+        )
+    rmse = [row["val_rmse"] for row in each]
+    assert metrics["folds"]["val_rmse_mean"] == pytest.approx(np.mean(rmse))
+    assert metrics["folds"]["val_rmse_sd"] == pytest.approx(np.std(rmse, ddof=1))
+
+
+def test_the_last_epoch_counts_and_fold_0_learns_from_all_rows(judged):
+    out, metrics = judged
+    history = pd.read_csv(out / "history.csv")
+    assert history.groupby("fold").size().to_dict() == {0: 2, 1: 2, 2: 2, 3: 2}
+    last = history[(history["epoch"] == 2) & (history["fold"] > 0)].set_index("fold")["val_rmse"]
+    assert last.tolist() == pytest.approx([row["val_rmse"] for row in metrics["folds"]["each"]], rel=1e-5)
+    assert history.loc[history["fold"] == 0, "val_loss"].isna().all()
+
+
+def test_it_is_the_plain_loop_over_scikit_learns_folds(judged, drawn, tmp_path):
+    flags = ["--group_by", "experiment_id", "plant_number"]
+    args, this = prepared(drawn, tmp_path / "plain", *flags)
+    found = pd.read_csv(judged[0] / "predictions.csv").set_index("filename")["predicted_g"]
+    folds = GroupKFold(n_splits=3, shuffle=True, random_state=42)
+    with quick():
+        for train_rows, val_rows in folds.split(this.labels, groups=this.labels["_plant"]):
+            wanted = tm.versions_wanted(train_rows, val_rows, args)
+            batches = tm.make_batches(this.dataset, this.backbone, wanted, args, this.accelerator)
+            model = tm.new_model(this.labels, this.dataset, this.backbone, batches, train_rows, args, this.accelerator)
+            optimizer = torch.optim.AdamW([*model.head.parameters(), *model.last.parameters()], 1e-3, weight_decay=0.01)
+            torch.manual_seed(42)
+            for epoch in (1, 2):
+                rows = np.random.default_rng([42, epoch]).permutation(train_rows)
+                model.train()
+                for inputs, none, targets in batches(rows, epoch - 1):
+                    optimizer.zero_grad()
+                    torch.nn.functional.mse_loss(model(inputs, none), model.to_loss_unit(targets)).backward()
+                    optimizer.step()
+            predicted = tm.evaluate(model, batches(val_rows, tm.PLAIN), this.accelerator)[1]
+            names = this.labels["filename"].iloc[val_rows]
+            assert found.loc[names].tolist() == pytest.approx(predicted.tolist(), abs=1e-5)
+
+
+def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(judged):
+    out, metrics = judged
+    table = pd.read_csv(out / "predictions.csv")
+    checkpoint = torch.load(out / "model.pt", weights_only=True)
+    calibration, familiar = checkpoint["calibration"], checkpoint["familiar"]
+    assert calibration["groups"] == metrics["val_plants"] and len(calibration["scores"]) == len(table)
+    assert sum(calibration["weights"]) == pytest.approx(calibration["groups"] / (calibration["groups"] + 1))
+    offset, slope, least = calibration["growth"]
+    size = np.maximum(offset + slope * table["predicted_g"], least)
+    scores = np.sort((table["measured_g"] - table["predicted_g"]) / size)
+    assert np.array(calibration["scores"]) == pytest.approx(scores, rel=1e-3, abs=1e-4)
+    assert familiar["mean"].shape == (1024,) and float(familiar["limit"]) > 0
+    assert checkpoint["model_state"].keys() == tensors_of(out).keys() and checkpoint["epoch"] == 2
+
+
+def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_aside(drawn, tmp_path):
+    flags = ["--folds", 2, "--patience", 1, "--epochs", 8, "--lr_schedule", "cosine", "--target_transform", "log"]
+    flags += ["--metadata_columns", "age_days", "--standardize_features", "--loss", "huber"]
+    metrics = train(drawn, tmp_path / "out", *flags, script=cross_validate)
+    assert metrics["epoch_chosen_on"] == "training plants kept aside"
+    history = pd.read_csv(tmp_path / "out" / "history.csv")
+    assert metrics["epoch"] == history[history["fold"] == 0].set_index("epoch")["val_loss"].idxmin()
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert len(table) == metrics["val_rows"] == pd.read_excel(drawn / SHEET)[TARGET].count()
+    for row in metrics["folds"]["each"]:  # what it was chosen on is not what is reported
+        assert row["val_mse"] not in pytest.approx(history.loc[history["fold"] == row["fold"], "val_loss"].tolist())
+
+
+def test_an_own_weight_does_not_move_its_own_prediction(judged, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "data")
+    sheet = pd.read_excel(drawn / SHEET)
+    row = sheet[TARGET].first_valid_index() + 5
+    sheet.loc[row, TARGET] = 1.9
+    sheet.to_excel(tmp_path / "data" / SHEET, index=False)
+    flags = ["--folds", 3, "--group_by", "experiment_id", "plant_number"]
+    train(tmp_path / "data", tmp_path / "out", *flags, script=cross_validate)
+    before, after = (
+        pd.read_csv(out / "predictions.csv").set_index("filename") for out in (judged[0], tmp_path / "out")
+    )
+    fold = before["fold"] == before.loc[sheet.loc[row, "filename"], "fold"]
+    assert before.loc[fold, "predicted_g"].equals(after.loc[fold, "predicted_g"])
+    assert not before.loc[~fold, "predicted_g"].equals(after.loc[~fold, "predicted_g"])
+
+
+def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(tmp_path):
+    random, rows, photos = np.random.default_rng(3), [], tmp_path / "data" / "images_med_res"
+    photos.mkdir(parents=True)
+    for plant in range(12):
+        weight, colour = random.uniform(0.1, 1), random.integers(20, 236, 3)
+        for number in range(8):
+            pixels = np.clip(colour + random.integers(-3, 4, (64, 64, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(photos / f"{plant}_{number}.png")
+            rows.append({"filename": f"{plant}_{number}.png", "plant_number": plant, TARGET: weight})
+    pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
+    flags = ["--epochs", 40, "--folds", 4, "--learning_rate", 3e-3, "--no_augmentation", "--standardize_features"]
+    by_row, by_plant = (
+        train(tmp_path / "data", tmp_path / by, *flags, "--group_by", by, script=cross_validate)
+        for by in ("filename", "plant_number")
+    )
+    assert by_row["val_rmse"] < 0.6 * by_row["baseline_mean_rmse"]
+    assert by_plant["val_rmse"] > 0.9 * by_plant["baseline_mean_rmse"]
+
+
+def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(drawn, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / "data")
+    sheet = pd.read_excel(drawn / SHEET).dropna(subset=TARGET).drop_duplicates("plant_number")["filename"].tolist()
+    photos = tmp_path / "data" / "images_med_res"
+    shutil.copy(photos / sheet[0], photos / sheet[1])
+    metrics = train(tmp_path / "data", tmp_path / "out", "--folds", 5, "--epochs", 1, script=cross_validate)
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("filename")
+    folds = table.loc[sheet[:2], "fold"].tolist()
+    left = [len(table) - fold["val_rows"] - fold["train_rows"] for fold in metrics["folds"]["each"]]
+    wanted = [int(fold in folds and folds[0] != folds[1]) for fold in range(1, 6)]
+    assert left == wanted and sum(wanted) == 2, (left, folds)
+    assert capsys.readouterr().out.count("left 1 training rows out, their photo is in validation too") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
+def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
+    flags = ["--folds", 3, "--epochs", 60]
+    train(drawn, tmp_path / "whole", *flags, script=cross_validate)
+    command = [sys.executable, ROOT / "cross_validate.py", *flags_of(drawn, tmp_path / "out", *flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("fold 2/3  epoch 5/"):
+            break
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert message.count("\n") == 1 and "interrupted" in message and "--resume" in message
+    progress = torch.load(tmp_path / "out" / "model.pt.progress", weights_only=True)
+    assert len(progress["results"]) == 1
+    assert cross_validate.main(flags_of(drawn, tmp_path / "out", *flags, "--resume")) == 0
+    assert not (tmp_path / "out" / "model.pt.progress").exists()
+    assert "fold 1/3  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
+    found, wanted = (pd.read_csv(tmp_path / name / "predictions.csv")["predicted_g"] for name in ("out", "whole"))
+    assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)  # one by OpenVINO, the other by PyTorch
+    assert json.loads((tmp_path / "out" / "metrics.txt").read_text())["val_rows"] == len(found)
+    assert outcome(tmp_path / "out")["metrics"].keys() == outcome(tmp_path / "whole")["metrics"].keys()

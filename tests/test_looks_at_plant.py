@@ -1,0 +1,77 @@
+"""Does cross_validate.py find out what tells the weight? Planted truth: one set where the plants do, one where not."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageEnhance
+
+import cross_validate
+import eda
+import make_sample_data
+
+PHOTOS = 150
+
+
+def plant_truth(folder, kind):
+    """A folder of drawn photos of one experiment, whose weight the plants tell, or how bright the photo is."""
+    (folder / "images_med_res").mkdir(parents=True)
+    plants = make_sample_data.grow(PHOTOS, 3).assign(experiment_id=1)
+    weights = plants["expected"].to_numpy()
+    random = np.random.default_rng(0)
+    told = random.permutation(weights) if kind == "background" else weights
+    bright = 0.5 + 0.9 * told.argsort().argsort() / PHOTOS
+    names = [f"{index}.png" for index in range(PHOTOS)]
+    for index, plant in enumerate(plants.to_dict("records")):
+        photo = make_sample_data.draw_photo(plant, 3, index)
+        photo = ImageEnhance.Brightness(photo).enhance(bright[index]) if kind == "background" else photo
+        photo.save(folder / "images_med_res" / names[index])
+    sheet = {"filename": names, "plant_number": np.arange(PHOTOS) // 4, "experiment_id": np.arange(PHOTOS) % 2}
+    pd.DataFrame(sheet | {"fresh_weight_total": told}).to_csv(folder / "labels.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most", "sentence"),
+    [("background", 0.5, 1, "mostly from the background"), ("plants", -1, 0.3, "read from the plants")],
+)
+def test_planted_truth_is_found(kind, least, most, sentence, tmp_path):
+    plant_truth(tmp_path / "data", kind)
+    flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
+    flags += ["--model_name", "tf_efficientnet_lite0", "--image_size", "160", "--features", "stages", "--folds", "3"]
+    flags += ["--standardize_features", "--target_transform", "sqrt", "--lr_schedule", "cosine", "--epochs", "30"]
+    flags += ["--no_augmentation", "--precision", "fp32", "--results_dir", tmp_path / "out"]
+    flags += ["--log_path", tmp_path / "log", "--model_out", tmp_path / "m.pt", "--cache_dir", tmp_path / "cache"]
+    assert cross_validate.main([*map(str, flags)]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.txt").read_text())
+    assert least < metrics["val_r_plant_erased"] < most, metrics["looks_at"]
+    assert sentence in metrics["looks_at"] and sentence in (tmp_path / "log").read_text()
+    assert metrics["val_r_ci95"][0] < metrics["val_r"] < metrics["val_r_ci95"][1]
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert metrics["val_r"] == pytest.approx(np.corrcoef(table["predicted_g"], table["measured_g"])[0, 1])
+    experiment = pd.read_csv(tmp_path / "data" / "labels.csv").set_index("filename")["experiment_id"]
+    groups = table["filename"].map(experiment)
+    around = table["measured_g"] - table["measured_g"].groupby(groups).transform("mean")
+    r2 = 1 - (table["error_g"] ** 2).sum() / (around**2).sum()
+    assert metrics["val_r2_within_groups"] == pytest.approx(r2, rel=1e-6)
+    assert [group["rows"] for group in metrics["within"]["groups"]] == groups.value_counts().sort_index().tolist()
+    picture = np.asarray(Image.open(tmp_path / "out" / "where_it_looks.png").convert("L"))
+    assert picture.shape[1] > 700 and picture.std() > 20
+
+
+def test_erasing_takes_the_plant_and_nothing_else():
+    plants = make_sample_data.grow(40, 5).sort_values("expected")
+    for index in (0, 20, 38):
+        photo = make_sample_data.draw_photo(plants.iloc[index].to_dict(), 5, index)
+        erased = cross_validate.erase_plant(photo)
+        hole = cross_validate.plant_mask(photo, cross_validate.WIDEN)
+        assert cross_validate.plant_mask(photo, 0).mean() == pytest.approx(eda.green_area(photo), abs=1e-6)
+        assert eda.green_area(erased) < 0.1 * eda.green_area(photo) + 0.002
+        far = ~np.asarray(Image.fromarray(hole).convert("L").resize(photo.size), bool)
+        beside = ~cross_validate.plant_mask(photo, cross_validate.WIDEN + 6)
+        assert np.array_equal(np.asarray(photo)[beside & far], np.asarray(erased)[beside & far])
+        alone = np.asarray(cross_validate.erase_background(photo))
+        assert (alone[beside] == cross_validate.GREY).all()
+    grey = Image.new("RGB", (64, 64), (90, 80, 70))
+    assert np.array_equal(np.asarray(cross_validate.erase_plant(grey)), np.asarray(grey))
+    assert np.array_equal(np.asarray(cross_validate.erase_background(grey)), np.asarray(grey))
