@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import train_model as tm
-from cross_validate import interval, unlikeness
+from cross_validate import SHOWN, draw_heat, heat_map, interval, make_weigh, unlikeness
 
 UNLIKE = "unlike training photos"
 CHUNK = 4096  # photos whose features are held at once: whole batches of tm.BATCH
@@ -230,6 +230,22 @@ def export(scale, path):
             raise tm.UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
 
 
+def explain(table, scale, args, accelerator):
+    """Draw where the model looks, on a dozen photos over the range of predictions."""
+    good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
+    shown = good.iloc[np.unique(np.linspace(0, len(good) - 1, SHOWN).astype(int))] if len(good) else good
+    metadata, weigh, items = tm.encode_metadata(shown, scale.metadata), make_weigh(scale.model, args, accelerator), []
+
+    def to_pixels(photo):
+        return torch.from_numpy(np.array(scale.resize(photo, tm.PLAIN, ""))).permute(2, 0, 1)
+
+    for number, (_, row) in enumerate(shown.iterrows()):
+        photo = tm.open_photo(row["_path"])
+        title = f"{tm.plain(row['filename'])[-22:]}\npredicted {row['predicted']:.3f}{scale.space_unit}"
+        items.append((photo, heat_map(photo, metadata[number], weigh, to_pixels), title))
+    draw_heat(items, args, args.explain, scale.unit)
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -247,6 +263,7 @@ def build_parser():
     add("--out", type=Path, default="predictions.csv", help="table")
     add("--coverage", type=tm.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval")
     add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
+    add("--explain", type=Path, metavar="PNG", help="picture of where the model looks, on a dozen of the photos")
     add("--export", type=Path, metavar="FILE.onnx", help="write the model for other programs; photos are then optional")
     parser.set_defaults(freeze_backbone=True, unfreeze_from=None, track=None, results_dir=None)  # no training here
     return parser
@@ -255,13 +272,14 @@ def build_parser():
 def check_arguments(args):
     if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
         raise tm.UserError("pass either photos and folders, or --labels_path with a sheet")
-    if args.sheet and args.sheet.suffix.lower() != ".png":
-        raise tm.UserError(f"--sheet {args.sheet} must end in .png")
+    for picture in filter(None, (args.sheet, args.explain)):
+        if picture.suffix.lower() != ".png":
+            raise tm.UserError(f"{picture}: a picture's name must end in .png")
     if args.image_dir and not args.labels_path:
         raise tm.UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
     args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
     for folder in [*args.photos, args.image_dir]:
-        outputs = filter(None, (args.out, args.sheet, args.export))
+        outputs = filter(None, (args.out, args.sheet, args.explain, args.export))
         tm.check_writable(outputs, [args.model, args.labels_path, *args.photos], folder)
 
 
@@ -286,6 +304,8 @@ def predict(argv, started):
             write_table(table, scale, args.out)
             if args.sheet:
                 draw_sheet(table, scale, args)
+            if args.explain:
+                explain(table, scale, args, accelerator)
     if args.export and accelerator.is_main_process:
         export(scale, args.export)
     return int(unreadable)

@@ -31,6 +31,7 @@ import logging.handlers
 import math
 import os
 import platform
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -935,15 +936,13 @@ def make_optimizer(model, args):
 def fit(model, dataset, batches, split, args, accelerator, progress, name="", choose_best=True):
     """Train for --epochs or until --patience is spent; the model keeps what it had learned in the chosen epoch.
 
-    `split` are rows to learn from and rows to validate on. The chosen epoch has the lowest squared error on these,
-    whatever the loss; without `choose_best` or such rows it is the last. Returns {history, epoch, predictions}: a
-    dict an epoch, the chosen epoch, its predictions of the validation rows. Goes on where `progress` stands. Ctrl-C
-    ends it: the result then is `interrupted`, if an epoch could be chosen.
+    `split` are rows to learn from and to validate on. The chosen epoch has the lowest squared error on the latter,
+    whatever the loss; without `choose_best` or such rows it is the last. Returns {history, epoch, predictions} of the
+    validation rows, and `interrupted` after Ctrl-C if an epoch could be chosen. Goes on where `progress` stands.
     """
     (train_rows, val_rows), choose_best = split, choose_best and len(split[1]) > 0
-    targets = model.to_loss_unit(dataset.targets[train_rows].to(accelerator.device))
-    # Huber's loss is squared up to one deviation of the training targets
-    loss_function = nn.HuberLoss(delta=float(targets.std()) or 1.0) if args.loss == "huber" else LOSSES[args.loss]
+    deviation = float(model.to_loss_unit(dataset.targets[train_rows].to(accelerator.device)).std()) or 1.0
+    loss_function = nn.HuberLoss(delta=deviation) if args.loss == "huber" else LOSSES[args.loss]
     optimizer, schedule = make_optimizer(model, args)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
     done = restore(model, optimizer, schedule, progress["state"].get(name), accelerator)
@@ -1156,7 +1155,7 @@ def describe_run(script, argv, args, labels, accelerator):
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} cores"
     changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
     return {
-        "command": " ".join(["torchrun ..." if several > 1 else "python", script, *argv]),
+        "command": f"{'python' if several == 1 else 'torchrun ...'} {script} {shlex.join(argv)}".rstrip(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "commit": git("rev-parse", "HEAD"),
         "clean_tree": None if changed is None else not changed,
@@ -1229,7 +1228,9 @@ def save_figure(figure, path, photos=False):
     with whole_file(path) as partial:
         partial.write_bytes(drawn.getvalue())
         if photos:
-            Image.open(drawn).convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
+            Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
+                partial, format="PNG", optimize=True
+            )
 
 
 def plain(text):
@@ -1579,14 +1580,18 @@ def run_script(prog, job, argv):
     except OSError as error:
         message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
     except (MemoryError, RuntimeError) as error:
-        text, own = one_line(error), one_line(error).rpartition("UserError: ")[2]
-        full = isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text
-        if own == text and not full:
+        text = one_line(error)
+        if "UserError: " in text:  # of a process that decodes photos
+            message = f"error: {text.rpartition('UserError: ')[2]}"
+        elif isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text:
+            message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
+        else:
             raise
-        full = "the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
-        message = f"error: {full if own == text else own}"  # its own in a process that decodes photos
     except KeyboardInterrupt:
-        status, message = 130, "interrupted; what the log says was written is whole, --resume goes on"
+        status, message = (
+            130,
+            "interrupted; what the log says was written is whole" + ", --resume goes on" * (prog != "predict.py"),
+        )
     finally:
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)

@@ -1,6 +1,5 @@
 """cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
 
-import json
 import os
 import shutil
 import signal
@@ -117,7 +116,7 @@ def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_asid
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert len(table) == metrics["val_rows"] == pd.read_excel(drawn / SHEET)[TARGET].count()
     for row in metrics["folds"]["each"]:  # what it was chosen on is not what is reported
-        assert row["val_mse"] not in pytest.approx(history.loc[history["fold"] == row["fold"], "val_loss"].tolist())
+        assert (history.loc[history["fold"] == row["fold"], "val_loss"] - row["val_mse"]).abs().min() > 1e-6
 
 
 def test_an_own_weight_does_not_move_its_own_prediction(judged, drawn, tmp_path):
@@ -171,12 +170,12 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
 def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
-    flags = ["--folds", 3, "--epochs", 60]
-    train(drawn, tmp_path / "whole", *flags, script=cross_validate)
+    flags = ["--folds", 2, "--epochs", 60]
+    assert cross_validate.main(flags_of(drawn, tmp_path / "whole", *flags)) == 0
     command = [sys.executable, ROOT / "cross_validate.py", *flags_of(drawn, tmp_path / "out", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("fold 2/3  epoch 5/"):
+        if line.startswith("fold 2/2  epoch 5/"):
             break
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
@@ -186,8 +185,5 @@ def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
     assert len(progress["results"]) == 1
     assert cross_validate.main(flags_of(drawn, tmp_path / "out", *flags, "--resume")) == 0
     assert not (tmp_path / "out" / "model.pt.progress").exists()
-    assert "fold 1/3  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
-    found, wanted = (pd.read_csv(tmp_path / name / "predictions.csv")["predicted_g"] for name in ("out", "whole"))
-    assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)  # one by OpenVINO, the other by PyTorch
-    assert json.loads((tmp_path / "out" / "metrics.txt").read_text())["val_rows"] == len(found)
-    assert outcome(tmp_path / "out")["metrics"].keys() == outcome(tmp_path / "whole")["metrics"].keys()
+    assert "fold 1/2  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")

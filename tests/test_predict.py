@@ -51,7 +51,7 @@ def clean(drawn, judged, tmp_path_factory):
 @pytest.fixture(scope="module")
 def with_metadata(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("with_metadata") / "out"
-    train(drawn, out, "--model_name", "resnet18", "--metadata_columns", "age_days", "lab_book_page")
+    train(drawn, out, *"--model_name resnet18 --weights none --metadata_columns age_days lab_book_page".split())
     return out / "model.pt"
 
 
@@ -161,7 +161,7 @@ MISTAKES = {
     "{model}": "pass either photos and folders, or --labels_path",
     "{model} empty": "no photo at empty",
     "{model} {photos} --out empty": "cannot write empty (it is a folder)",
-    "{model} {photos} --sheet sheet.jpg": "--sheet sheet.jpg must end in .png",
+    "{model} {photos} --sheet sheet.jpg": "sheet.jpg: a picture's name must end in .png",
     "{model} --labels_path header.csv --image_dir {photos}": "no row of header.csv has a file name",
 }
 

@@ -194,6 +194,14 @@ def time_rows(args, labels, folder):
     return lines
 
 
+def processor_name():
+    try:  # Linux knows it best
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
 PARTS = {
     "runs": compare_runs,
     "extraction": compare_extraction,
@@ -219,14 +227,14 @@ def main():
     path = ROOT / "results" / "benchmark.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     result["machine"] = {
-        "processor": tm.processor_name(torch.device("cpu")),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "bf16": tm.has_bf16(True),
     }
     result["machine"] |= {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": tm.git_state()["commit"],
+        "commit": tm.git("rev-parse", "HEAD"),
     }
     for part in args.only:
         with tempfile.TemporaryDirectory() as folder:

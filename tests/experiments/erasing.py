@@ -37,7 +37,7 @@ def main():
         photos["whole"].append(photo)
         photos["plant erased"].append(cross_validate.erase_plant(photo))
         photos["drawn without a plant"].append(make_sample_data.draw_photo(plant, 7, index, leaves=False))
-    result = {"commit": tm.git_state()["commit"], "pots": POTS}
+    result = {"commit": tm.git("rev-parse", "HEAD"), "pots": POTS}
     for kind, pictures in photos.items():
         pixels = torch.stack([cross_validate.pixels_of(this.dataset, picture) for picture in pictures])
         predicted = weigh(pixels, torch.zeros(POTS, 0))

@@ -133,7 +133,7 @@ def main():
         table = pd.read_csv(folder / "away_out.csv").merge(away[["filename", "fresh_weight_total"]], on="filename")
         table = table.rename(columns={"fresh_weight_total": "measured"})
         rmse = float((table["predicted_g"] - table["measured"]).pow(2).mean() ** 0.5)
-        result = {"commit": tm.git_state()["commit"], "plants_away": int(away["plant_number"].nunique())}
+        result = {"commit": tm.git("rev-parse", "HEAD"), "plants_away": int(away["plant_number"].nunique())}
         result |= {"promised_rmse": promised["val_rmse"], "promised_ci95": promised["val_rmse_ci95"], "seen_rmse": rmse}
         result |= {"interval_90": coverage(table)}
         classes = pd.cut(table["measured"], [0, 0.05, 0.15, 0.4, 3])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[place]) for place in (1, 2)]
 
-import conftest
-import test_resume
+import conftest  # noqa: E402
+import test_resume  # noqa: E402
 
 
 def main():

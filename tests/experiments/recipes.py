@@ -15,7 +15,7 @@ import train_model as tm  # noqa: E402
 
 STUDY = ["--model_name", "tf_efficientnet_lite0"]
 RECOMMENDED = [*STUDY, "--features", "stages", "--standardize_features", "--target_transform", "sqrt"]
-RECOMMENDED += ["--lr_schedule", "cosine", "--epochs", "40"]
+RECOMMENDED += ["--lr_schedule", "cosine", "--epochs", "40", "--weight_decay", "1"]
 
 
 def load(flags, data_dir, out, rows=None):

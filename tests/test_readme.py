@@ -1,0 +1,143 @@
+"""The README says what the result files say, its commands name flags that exist, and all results are of one commit.
+
+python tests/test_readme.py    # prints the tables for the README, from the result files
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+sys.path.insert(0, str(ROOT))
+
+import cross_validate  # noqa: E402
+import eda  # noqa: E402
+import make_sample_data  # noqa: E402
+import predict  # noqa: E402
+import train_model  # noqa: E402
+
+RUNS = {  # folder in results/: what the README calls it, and what it was judged on
+    "two_epochs": ("lite0, the study's two epochs", "best epoch, 20 % of plants"),
+    ".": ("lite0, the study's defaults", "best epoch, 20 % of plants"),
+    "study_folds": ("lite0, the study's defaults", "five folds by plant"),
+    "cross_validation": ("recommended", "five folds by plant"),
+    "study_by_experiment": ("lite0, the study's defaults", "nine experiments"),
+    "by_experiment": ("recommended", "nine experiments"),
+    "random_resnet18": ("random ResNet18, the study's defaults", "best epoch, 20 % of plants"),
+    "random_resnet18_folds": ("random ResNet18, the study's defaults", "five folds by plant"),
+    "random_resnet18_recommended": ("random ResNet18, recommended", "five folds by plant"),
+}
+SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
+
+
+def metrics(folder):
+    return json.loads((RESULTS / folder / "metrics.txt").read_text())
+
+
+def results_table():
+    lines = [
+        "| model | judged on | RMSE | 95 % interval | R2 | mean | floor |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for folder, (name, judged) in RUNS.items():
+        found = metrics(folder)
+        low, high = found["val_rmse_ci95"]
+        lines.append(
+            f"| {name} | {judged} | {found['val_rmse']:.3f} | {low:.3f} to {high:.3f} | {found['val_r2']:.2f} | "
+            f"{found['baseline_mean_rmse']:.3f} | {found['noise_floor_rmse']:.3f} |"
+        )
+    return lines
+
+
+def ablation_table():
+    lines = ["| recipe | RMSE | sd of seeds | R2 | worst fold's R2 |", "| --- | --- | --- | --- | --- |"]
+    for _, row in pd.read_csv(RESULTS / "ablation.csv").iterrows():
+        spread = "" if row["rmse_sd"] != row["rmse_sd"] else f"{row['rmse_sd']:.4f}"
+        numbers = f"{row['rmse']:.4f} | {spread} | {row['r2']:.3f} | {row['worst_fold_r2']:.2f}"
+        lines.append(f"| {row['setting']} | {numbers} |")
+    return lines
+
+
+def speed_table():
+    found = json.loads((RESULTS / "benchmark.json").read_text())
+    lines = [
+        "| run on the full drawn set, ResNet18 | seconds | plain loop | times as fast |",
+        "| --- | --- | --- | --- |",
+    ]
+    for run in found["runs"]:
+        times = f"{run['seconds']:.0f} | {run['plain_seconds']:.0f} | {run['times']:.1f}"
+        lines.append(f"| {run['run']} | {times} |")
+    return lines
+
+
+def tables():
+    return {"results": results_table(), "ablation": ablation_table(), "speed": speed_table()}
+
+
+def commands(readme):
+    """Commands of the README's blocks, with their lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", readme, flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_the_readme_is_short_plain_and_wrapped():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme) <= 16_000 and readme.isascii()
+    for line in readme.splitlines():
+        assert len(line) <= 100 or line.startswith(("|", "![")), line
+    assert "<" not in re.sub(r"```.*?```", "", readme, flags=re.S)
+
+
+def test_tables_and_pictures_are_those_of_the_result_files():
+    readme = (ROOT / "README.md").read_text()
+    for name, lines in tables().items():
+        for line in lines:
+            assert line in readme, (name, line)
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", readme):
+        assert (ROOT / picture).is_file() and (ROOT / picture).stat().st_size < 400_000, picture
+    best = metrics("cross_validation")
+    assert f"off by {best['val_rmse']:.3f} g" in readme.replace("\n", " ")
+    assert best["looks_at"].split(":")[0] in readme.replace("\n", " ")
+
+
+def test_all_documented_runs_are_of_one_commit():
+    commits = {folder: metrics(folder)["run"]["commit"] for folder in RUNS}
+    commits["held_out"] = json.loads((RESULTS / "held_out.json").read_text())["commit"]
+    commits["erasing"] = json.loads((RESULTS / "erasing.json").read_text())["commit"]
+    assert len(set(commits.values())) == 1, commits
+    assert metrics(".")["run"]["clean_tree"]
+    assert f"commit: {commits['.']}" in (ROOT / "training.log").read_text()
+
+
+def test_flags_in_commands_exist():
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / "tests" / "experiments" / "documented.sh").read_text()
+    found = 0
+    for line in [*commands(readme), *script.replace("\\\n", " ").splitlines()]:
+        for name, module in SCRIPTS.items():
+            for part in re.split(r"&&", line):
+                if f"{name} " in part and "experiments" not in part:
+                    flags = re.findall(r"(?<=\s)--[a-z_]+", part.split(name, 1)[1])
+                    known = module.build_parser().format_help()
+                    assert all(flag in known for flag in flags), (line, flags)
+                    found += len(flags)
+    assert found > 15 and make_sample_data.main(["--num_images", "0"]) != 0
+
+
+@pytest.mark.skipif(not shutil.which("pandoc") or not shutil.which("pdflatex"), reason="pandoc and LaTeX are not here")
+def test_pandoc_makes_the_pdf(tmp_path):
+    command = ["pandoc", "README.md", "-o", str(tmp_path / "README.pdf")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Missing character" not in done.stderr, done.stderr
+    assert (tmp_path / "README.pdf").stat().st_size > 100_000
+
+
+if __name__ == "__main__":
+    for name, lines in tables().items():
+        print(f"\n{name}\n" + "\n".join(lines))
