@@ -66,6 +66,8 @@ def judge_fold(this, split, args, batches, name):
     model = tm.new_model(this.labels, this.dataset, this.backbone, batches, learn, args, this.accelerator)
     shown, choose = ((learn, watch), True) if args.patience else (split, False)
     outcome = tm.fit(model, this.dataset, batches, shown, args, this.accelerator, this.progress, name, choose)
+    if "interrupted" in outcome:  # after fewer epochs than the others
+        raise KeyboardInterrupt
     result = {"history": outcome["history"], "epoch": outcome["epoch"]}
     for view in (tm.PLAIN, *this.dataset.edits):
         result[view] = tm.evaluate(model, batches(split[1], view), this.accelerator)[1]
@@ -87,7 +89,7 @@ def judge_fold(this, split, args, batches, name):
 
 
 def calibrate(table, labels, args):
-    """What train_model.interval needs, in plain values, from out-of-fold errors.
+    """What interval needs, in plain values, from out-of-fold errors.
 
     The size of the errors is taken to grow with the prediction as a + b * |predicted|; a and b, neither below 0, are
     fitted by least squares. Errors in that unit are kept with a weight: all plants count alike, so that one with
@@ -113,7 +115,7 @@ def calibrate(table, labels, args):
 
 
 def describe_features(features):
-    """The training photos' features (n, width) as a probabilistic PCA, in plain arrays for train_model.unlikeness."""
+    """The training photos' features (n, width) as a probabilistic PCA, in plain arrays for unlikeness."""
     from sklearn.decomposition import PCA
 
     features = np.asarray(features, np.float64)
@@ -121,7 +123,9 @@ def describe_features(features):
     scale = float((features - mean).std()) or 1.0  # one for all, see BiomassModel.fit_features
     components = max(min(COMPONENTS, *features.shape) - 1, 1)
     pca = PCA(components, svd_solver="randomized", random_state=0).fit((features - mean) / scale)
-    rest = max(float(pca.noise_variance_), 1e-9)
+    # not noise_variance_, which divides by the photos where they are fewer than the features
+    rest = ((features - mean) ** 2).mean(0).sum() / scale**2 - pca.explained_variance_.sum()
+    rest = max(float(rest) / max(features.shape[1] - components, 1), 1e-9)
     described = {"mean": mean, "scale": scale, "components": pca.components_}
     return described | {"variance": pca.explained_variance_.clip(rest), "rest": rest}
 
@@ -132,6 +136,8 @@ def train_on_all(this, args, batches, table, results):
     model = tm.new_model(this.labels, this.dataset, this.backbone, batches, learn, args, this.accelerator)
     name = "final model  "
     outcome = tm.fit(model, this.dataset, batches, (learn, watch), args, this.accelerator, this.progress, name)
+    if "interrupted" in outcome:
+        raise KeyboardInterrupt
     familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
     held_out = np.concatenate([result["distances"].numpy() for result in results])
     familiar["limit"] = float(np.quantile(held_out, FAMILIAR_SHARE))
@@ -312,10 +318,13 @@ def correlation(first, second):
 def verdict(metrics):
     """One sentence of three, by the share of the correlation that is left once the plant is erased."""
     whole, erased, alone = (metrics[f"val_r{name}"] for name in ("", "_plant_erased", "_background_erased"))
-    share = max(erased, 0) / whole if whole > 0 else math.inf
+    if metrics["val_r_ci95"] and metrics["val_r_ci95"][0] <= 0:
+        return f"no weight can be read from these photos: r {whole:.2f}"
+    share = max(erased, 0) / whole
     kinds = {1 / 3: "from the plants", 2 / 3: "partly from the background", math.inf: "mostly from the background"}
     kind = next(kind for limit, kind in kinds.items() if share <= limit)
-    return f"the weight is read {kind}: r {whole:.2f}, plants erased {erased:.2f}, all else erased {alone:.2f}"
+    numbers = f"r {whole:.2f}, plants erased {erased:.2f}, all else erased {alone:.2f}"
+    return f"the weight is read {kind}: {numbers}; {metrics['photos_not_erased']:,} photos had no plant to erase"
 
 
 # ---------------------------------------------------------------- where it looks
@@ -395,8 +404,8 @@ def build_parser():
 def judge_within(table, args):
     """Errors within each value of the --within column, as a pooled R2 can come from differences between them alone."""
     sheet = tm.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
-    if args.within not in sheet:
-        logger.info(f"not judged within {args.within}: the sheet has no such column")
+    if args.within not in sheet or sheet[args.within].isna().all():
+        logger.info(f"not judged within {args.within}: the sheet has no such column, or it is empty")
         return {}
     values = table["filename"].map(tm.to_ids(sheet[args.within])).astype(object)
     groups = []
@@ -408,7 +417,8 @@ def judge_within(table, args):
         logger.info(f"{args.within} {value}: {len(rows):,} rows, {numbers}")
     around = table["measured"] - table["measured"].groupby(values).transform("mean")
     within = {"column": args.within, "groups": groups}
-    return {"val_r2_within_groups": 1 - float((table["error"] ** 2).sum() / (around**2).sum()), "within": within}
+    errors, around = (table["error"][around.notna()] ** 2).sum(), (around**2).sum()
+    return {"val_r2_within_groups": 1 - float(errors / around) if around else None, "within": within}
 
 
 def plot_within(within, args, axis):
@@ -436,6 +446,8 @@ def summarize(table, results, final, splits, labels, args):
     metrics = tm.summarize(table, final["epoch"], how, [], args)
     metrics |= {"val_rows": len(table), "val_plants": int(table["_plant"].nunique())} | judge_erased(table, args)
     if not args.no_erasing:
+        # where nothing could be erased, the photos are the same to the last bit, and so are the predictions
+        metrics["photos_not_erased"] = int((table["plant erased"] == table["predicted"]).sum())
         metrics["looks_at"] = verdict(metrics)
         logger.info(metrics["looks_at"])
     each = [{"fold": fold, **tm.scores(rows)} for fold, rows in table.groupby("fold")]
@@ -496,7 +508,7 @@ def cross_validate(argv, started):
         tm.finish(table, history, metrics, this.run, begun, args, panel)
         if this.dataset.edits:
             draw_where_it_looks(this, results[0]["heats"], table, args)
-    Path(f"{args.model_out}.progress").unlink(missing_ok=True)
+        Path(f"{args.model_out}.progress").unlink(missing_ok=True)
     return 0
 
 

@@ -124,9 +124,9 @@ def to_numbers(cells):
 
 
 def to_ids(cells):
-    """Cells as ids: 12, "12", "12 " and 12.0 are the same id, whatever else the column holds."""
+    """Cells as ids: 12, "12 ", "012" and 12.0 are the same id, whatever else the column holds."""
     text = cells.astype("string").str.strip().replace("", pd.NA)
-    return text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+    return text.str.replace(r"^(-?)0*(\d+)(?:\.0+)?$", r"\1\2", regex=True)
 
 
 def find_photos(names, folder):

@@ -115,7 +115,7 @@ def photo_batches(scale, table, faults, bar):
 def weigh_photos(scale, table, accelerator):
     """`table` with predicted, unlike and the final fault; each process weighs its share of the photos."""
     with accelerator.split_between_processes(list(range(len(table)))) as numbers:
-        share, faults, parts = table.iloc[numbers], [], []
+        share, faults, parts = table.iloc[numbers or [-1]], [], []  # with nothing to do the last photo once more
     with tqdm(None, "photos", len(share), unit="photo", disable=None if accelerator.is_main_process else True) as bar:
         batches = photo_batches(scale, share, faults, bar)
         for metadata in tm.encode_metadata(share, scale.metadata).to(accelerator.device).split(CHUNK):
@@ -127,7 +127,7 @@ def weigh_photos(scale, table, accelerator):
     weighed = pd.concat(parts).set_axis(share.index).assign(fault=faults)
     weighed.loc[weighed["fault"] != "", ["predicted", "unlike"]] = np.nan, False
     weighed = pd.concat(gather_object([weighed]))
-    return table.assign(**weighed[~weighed.index.duplicated()])  # without a share a process has the last photo again
+    return table.assign(**weighed[~weighed.index.duplicated()])
 
 
 def add_interval(table, scale, coverage):
@@ -233,7 +233,9 @@ def export(scale, path):
 def explain(table, scale, args, accelerator):
     """Draw where the model looks, on a dozen photos over the range of predictions."""
     good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
-    shown = good.iloc[np.unique(np.linspace(0, len(good) - 1, SHOWN).astype(int))] if len(good) else good
+    if good.empty:
+        return
+    shown = good.iloc[np.unique(np.linspace(0, len(good) - 1, SHOWN).astype(int))]
     metadata, weigh, items = tm.encode_metadata(shown, scale.metadata), make_weigh(scale.model, args, accelerator), []
 
     def to_pixels(photo):
@@ -251,6 +253,7 @@ def explain(table, scale, args, accelerator):
 
 def build_parser():
     parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=tm.HelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
     add = parser.add_argument_group("input").add_argument
     add("photos", nargs="*", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
     add("--recursive", action="store_true", help="also the folders in the folders")

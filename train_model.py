@@ -152,9 +152,9 @@ def to_numbers(cells):
 
 
 def to_ids(cells):
-    """Cells as ids: 12, "12", "12 " and 12.0 are the same id, whatever else the column holds."""
+    """Cells as ids: 12, "12 ", "012" and 12.0 are the same id, whatever else the column holds."""
     text = cells.astype("string").str.strip().replace("", pd.NA)
-    return text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+    return text.str.replace(r"^(-?)0*(\d+)(?:\.0+)?$", r"\1\2", regex=True)
 
 
 def find_photos(names, folder):
@@ -488,7 +488,8 @@ class Backbone(nn.Module):
             self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
             self.width = self.look(stages)
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(f"--image_size {size} does not suit {name}: {one_line(error)}") from error
+            flag = f"--image_size {size} does not suit {name}" if size else f"--model_name {name}"
+            raise UserError(f"{flag}: {one_line(error)}") from error
 
     @torch.inference_mode()
     def look(self, stages):
@@ -688,6 +689,7 @@ def make_engine(backbone, device, precision):
 
 
 def run_torch(backbone, device, precision, batches):
+    torch.set_num_threads(cores())
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return np.concatenate([backbone.eval()(images.to(device)).cpu().numpy() for images in batches])
 
@@ -747,6 +749,7 @@ def collect_features(dataset, backbone, wanted, args, accelerator):
     missing = sorted(missing.values(), key=itemgetter(0))  # the versions of a photo together, to decode it once
     logger.info(f"features: {len(pairs) - len(missing):,} found, {len(missing):,} to compute")
     started = time.perf_counter()
+    accelerator.wait_for_everyone()  # all have read the same before any writes
     with accelerator.split_between_processes(missing) as own:
         compute_features(dataset, engine, own, recipes, args, accelerator)
     accelerator.wait_for_everyone()
@@ -759,7 +762,9 @@ def collect_features(dataset, backbone, wanted, args, accelerator):
 def find_recipes(dataset, backbone, views, settings):
     """For each version the cache's key: a digest of what becomes of a fixed photo, so changed code has another one."""
     colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    probe = Image.fromarray(colours).resize((256, 256), Image.Resampling.BICUBIC)
+    drawn, file = Image.fromarray(colours).resize((720, 600), Image.Resampling.BICUBIC), io.BytesIO()
+    drawn.save(file, "PNG")
+    probe = open_photo(file.getvalue())
     plain_photo = dataset.transform(probe, PLAIN, digest("probe"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as several may add up in another order
@@ -773,7 +778,9 @@ def find_recipes(dataset, backbone, views, settings):
         if isinstance(view, int):  # small ones, to meet all that chance may do
             draws = [np.random.default_rng([dataset.seed, view, number]) for number in range(32)]
             photos += [dataset.augment(probe.resize((24, 24)), random) for random in draws]
-        recipes[view] = digest(*settings, of_backbone, str(dataset.size), *(photo.tobytes() for photo in photos))
+        name = f"{view} of seed {dataset.seed}" if isinstance(view, int) else "not drawn by chance"
+        told = [*settings, of_backbone, name, str(dataset.size)]
+        recipes[view] = digest(*told, *(photo.tobytes() for photo in photos))
     return recipes
 
 
@@ -805,8 +812,12 @@ def feature_reader(dataset, width, recipe, rows, args):
     def read(rows):
         with open_store(args.cache_dir) as store:
             query = "SELECT feature FROM features WHERE recipe = ? AND content = ?"
-            found = b"".join(store.execute(query, [recipe, dataset.contents[row]]).fetchone()[0] for row in rows)
-        return torch.frombuffer(bytearray(found), dtype=torch.float32).view(len(rows), width)
+            found = [store.execute(query, [recipe, dataset.contents[row]]).fetchone() for row in rows]
+        if None in found:
+            raise UserError(
+                f"--cache_dir {args.cache_dir} must be one folder that all processes see: pass a shared one"
+            )
+        return torch.frombuffer(bytearray().join(row[0] for row in found), dtype=torch.float32).view(len(rows), width)
 
     if len(rows) * width * 4 > MOST_HELD or not len(rows):
         return read
@@ -927,7 +938,7 @@ def make_optimizer(model, args):
     backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
     groups = [{"params": head}, {"params": backbone, "lr": args.backbone_learning_rate or args.learning_rate}]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     if args.lr_schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
@@ -947,7 +958,7 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
     done = restore(model, optimizer, schedule, progress["state"].get(name), accelerator)
     learner, optimizer = accelerator.prepare(model, optimizer) if model.learns else (model, optimizer)
-    keep = functools.partial(keep_progress, progress, name, model, optimizer, schedule, args, accelerator)
+    state = take_state(model, optimizer, schedule, done)
     try:
         for epoch in range(len(done["history"]) + 1, args.epochs + 1):
             if args.patience and choose_best and epoch - 1 - done["epoch"] >= args.patience:
@@ -963,16 +974,20 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
                 row["val_loss"], predictions = evaluate(learner, batches(val_rows, PLAIN), accelerator)
                 row["val_rmse"] = math.sqrt(row["val_loss"])
             done = add_epoch(done, row, predictions, model, choose_best, name)
+            state = take_state(model, optimizer, schedule, done)
             log_epoch(row, name, args, accelerator)
-            keep(done)
-    except KeyboardInterrupt:
-        keep(done, at_once=True)
+            keep_progress(progress, name, state, args, accelerator)
+    except KeyboardInterrupt:  # perhaps within an epoch, so what counts is the state after the last whole one
+        done = state["done"]
+        keep_progress(progress, name, state, args, accelerator, at_once=True)
         if not (choose_best and done["history"]):
             raise
         logger.info(f"{name}interrupted after epoch {len(done['history'])}: what follows is of the best one so far")
         done = done | {"interrupted": True}
-    model.load_state_dict(done.pop("best_state"), strict=False)
-    return done
+    if model.learns:
+        accelerator.free_memory()  # which else keeps each fold's model
+    model.load_state_dict(done["best_state"], strict=False)
+    return {what: value for what, value in done.items() if what != "best_state"}
 
 
 def add_epoch(done, row, predictions, model, choose_best, name):
@@ -998,15 +1013,18 @@ def log_epoch(row, name, args, accelerator):
 # ---------------------------------------------------------------- progress, from which --resume goes on
 
 
-def keep_progress(progress, name, model, optimizer, schedule, args, accelerator, done, at_once=False):
-    """Keep the state of training, at most every SAVE_EVERY seconds."""
-    if not accelerator.is_main_process or (time.monotonic() - progress["written"] < SAVE_EVERY and not at_once):
-        return
+def take_state(model, optimizer, schedule, done):
+    """Copy of all that a training needs to go on after an epoch."""
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    state = {"model": model.learned_state(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    state |= {"random": torch.get_rng_state(), "random_gpu": on_gpu, "done": done}
-    write_progress(progress | {"state": {name: state}}, args)
-    progress["written"] = time.monotonic()
+    state = {"model": model.learned_state(), "optimizer": copy.deepcopy(optimizer.state_dict()), "done": done}
+    return state | {"schedule": schedule.state_dict(), "random": torch.get_rng_state(), "random_gpu": on_gpu}
+
+
+def keep_progress(progress, name, state, args, accelerator, at_once=False):
+    """Write the state of training, at most every SAVE_EVERY seconds."""
+    if accelerator.is_main_process and (at_once or time.monotonic() - progress["written"] >= SAVE_EVERY):
+        write_progress(progress | {"state": {name: state}}, args)
+        progress["written"] = time.monotonic()
 
 
 def restore(model, optimizer, schedule, state, accelerator):
@@ -1025,8 +1043,15 @@ def restore(model, optimizer, schedule, state, accelerator):
 
 
 def write_progress(progress, args):
-    with whole_file(f"{args.model_out}.progress", told=False) as partial:
-        torch.save({key: progress[key] for key in ("settings", "results", "state")}, partial)
+    save_plain({key: progress[key] for key in ("settings", "results", "state")}, f"{args.model_out}.progress", False)
+
+
+def save_plain(content, path, told=True):
+    """Write tensors and plain values whole or not at all."""
+    packed = io.BytesIO()  # as torch does not tell that a disk is full
+    torch.save(content, packed)
+    with whole_file(path, told) as partial:
+        partial.write_bytes(packed.getbuffer())
 
 
 def read_progress(args, run, backbone):
@@ -1064,8 +1089,7 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
     content = {"model_state": {key: value.cpu() for key, value in model.state_dict().items()}, "settings": settings}
     content |= {"metadata": model.plan, "calibration": calibration, "familiar": familiar, "target": args.target}
     content |= {"unit": unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
-    with whole_file(args.model_out) as partial:
-        torch.save(content, partial)
+    save_plain(content, args.model_out)
 
 
 # ---------------------------------------------------------------- report
@@ -1336,8 +1360,6 @@ def whole_file(path, told=True):
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another place") from error
-    except RuntimeError as error:  # behind which torch hides a full disk
-        raise error.__context__ or error from None
     finally:
         partial.unlink(missing_ok=True)
     if told:
@@ -1408,6 +1430,7 @@ PATIENCE = """stop after so many epochs without a lower squared error on validat
 
 def build_parser(prog="train_model.py", about=__doc__, results="results", model="models/biomass_resnet.pt"):
     parser = argparse.ArgumentParser(prog=prog, description=about, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{prog}: error: {message}\n")  # without the usage of forty flags
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", type=Path, default="infos/mlops_biomass_data", help="folder of the sheet and the photos")
     add("--labels_path", type=Path, help=".xlsx, .csv or .parquet (default: DATA_DIR/digital_biomass_labels.xlsx)")
@@ -1477,6 +1500,8 @@ def complete_arguments(args, started):
     if args.track and not importlib.util.find_spec(args.track):
         raise UserError(f"--track {args.track} needs its package: pip install {args.track}")
     if str(args.cache_dir) == "none":
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UserError("--cache_dir none: several processes share the cache; pass a folder that all of them see")
         args.cache_dir = Path(started.enter_context(tempfile.TemporaryDirectory()))
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path, args.cache_dir / "features.sqlite"]
     outputs += [args.results_dir / name for name in ("history.csv", "predictions.csv", "predictions.png")]
@@ -1489,6 +1514,10 @@ def start_accelerator(args, started):
     if (args.device == "cuda" and not cuda) or (args.device == "mps" and not mps):
         raise UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
     on_cpu = args.device == "cpu" or not (cuda or mps)
+    if cuda and not on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > torch.cuda.device_count():
+        raise UserError(
+            f"more processes than the {torch.cuda.device_count()} GPUs here: pass --device cpu, or start fewer"
+        )
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
@@ -1520,6 +1549,8 @@ def prepare(script, argv, args, started):
     """What a run needs before its first training, as a namespace; cross_validate.py shares it."""
     complete_arguments(args, started)
     accelerator = start_accelerator(args, started)
+    # a head's batches are so small that threads would only wait for each other
+    torch.set_num_threads(cores() if learns(args) else 1)
     labels = load_labels(args)
     with accelerator.main_process_first():  # the others then find each photo's digest
         labels = filter_missing_images(labels, args)
@@ -1555,9 +1586,10 @@ def train(argv, started):
         if "interrupted" in outcome:
             metrics["interrupted_after_epoch"] = len(outcome["history"])
         finish(table, outcome["history"], metrics, this.run, begun, args)
+        if "interrupted" not in outcome:
+            Path(f"{args.model_out}.progress").unlink(missing_ok=True)
     if "interrupted" in outcome:
         raise KeyboardInterrupt
-    Path(f"{args.model_out}.progress").unlink(missing_ok=True)
     return 0
 
 
@@ -1575,29 +1607,24 @@ def run_script(prog, job, argv):
     try:
         with contextlib.ExitStack() as started:
             return job([str(argument) for argument in (sys.argv[1:] if argv is None else argv)], started)
-    except UserError as error:
-        message = f"error: {one_line(error)}"
+    except UserError as error:  # from a process that decodes photos it comes with a traceback before it
+        message = f"error: {one_line(error).rpartition('UserError: ')[2]}"
     except OSError as error:
         message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
     except (MemoryError, RuntimeError) as error:
-        text = one_line(error)
-        if "UserError: " in text:  # of a process that decodes photos
-            message = f"error: {text.rpartition('UserError: ')[2]}"
-        elif isinstance(error, MemoryError) or "memory" in text or "exited unexpectedly" in text:
-            message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
-        else:
+        full = ("out of memory", "can't allocate memory", "exited unexpectedly")
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in full):
             raise
+        message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"
     except KeyboardInterrupt:
-        status, message = (
-            130,
-            "interrupted; what the log says was written is whole" + ", --resume goes on" * (prog != "predict.py"),
-        )
+        goes_on = "" if prog == "predict.py" else ", --resume goes on"
+        status, message = 130, f"interrupted; what the log says was written is whole{goes_on}"
     finally:
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
             handler.close()
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"{prog}: {message}" if rank == "0" else f"{prog}, process {rank}: {message}", file=sys.stderr)
     return status
 
 

@@ -25,6 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SHEET, TARGET = "digital_biomass_labels.xlsx", "fresh_weight_total"
 TINY = "--model_name shufflenet_v2_x0_5 --image_size 64 --epochs 2 --device cpu --precision fp32".split()
 TINY += "--target_transform standardize --weights".split()  # of the file that write_tiny_weights appends
+START = f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import conftest, importlib, train_model
+train_model.SAVE_EVERY = 0
+with conftest.quick():
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
+"""  # a process that runs the script named by its first argument quickly and keeps its state after every epoch
 
 
 def write_tiny_weights(path):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHEET, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
+from conftest import SHEET, START, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
 from PIL import Image
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from sklearn.model_selection import GroupKFold
@@ -25,9 +25,7 @@ def judged(drawn, tmp_path_factory):
     return out, train(drawn, out, "--folds", 3, "--group_by", "experiment_id", "plant_number", script=cross_validate)
 
 
-def test_each_row_is_predicted_once_apart_from_its_plant_and_the_pooled_numbers_are_those_of_scikit_learn(
-    judged, drawn
-):
+def test_each_row_is_predicted_once_apart_from_its_plant_with_the_numbers_of_scikit_learn(judged, drawn):
     out, metrics = judged
     table, labelled = pd.read_csv(out / "predictions.csv"), pd.read_excel(drawn / SHEET).dropna(subset=TARGET)
     assert sorted(table["filename"]) == sorted(labelled["filename"])
@@ -40,19 +38,16 @@ def test_each_row_is_predicted_once_apart_from_its_plant_and_the_pooled_numbers_
     assert metrics["val_mae"] == pytest.approx(mean_absolute_error(measured, predicted), rel=1e-6)
     assert metrics["val_r2"] == pytest.approx(r2_score(measured, predicted), rel=1e-5)
     assert metrics["val_bias"] == pytest.approx((predicted - measured).mean(), rel=1e-4)
-    assert (metrics["val_rows"], metrics["val_plants"]) == (
-        len(table),
-        len(table.groupby(["experiment_id", "plant_number"])),
-    )
+    assert metrics["val_rows"] == len(table)
+    assert metrics["val_plants"] == len(table.groupby(["experiment_id", "plant_number"]))
     assert metrics["epoch"] == 2 and metrics["epoch_chosen_on"] == "none" and "last_epoch_val_rmse" not in metrics
     mean = [measured[table["fold"] != fold].mean() for fold in table["fold"]]
     assert metrics["baseline_mean_rmse"] == pytest.approx(root_mean_squared_error(measured, mean), rel=1e-5)
     each = metrics["folds"]["each"]
     for row, (fold, rows) in zip(each, table.groupby("fold"), strict=True):
         assert row["fold"] == fold and row["val_rows"] == len(rows) and row["train_rows"] == len(table) - len(rows)
-        assert row["val_rmse"] == pytest.approx(
-            root_mean_squared_error(rows["measured_g"], rows["predicted_g"]), rel=1e-6
-        )
+        wanted = root_mean_squared_error(rows["measured_g"], rows["predicted_g"])
+        assert row["val_rmse"] == pytest.approx(wanted, rel=1e-6)
     rmse = [row["val_rmse"] for row in each]
     assert metrics["folds"]["val_rmse_mean"] == pytest.approx(np.mean(rmse))
     assert metrics["folds"]["val_rmse_sd"] == pytest.approx(np.std(rmse, ddof=1))
@@ -119,22 +114,6 @@ def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_asid
         assert (history.loc[history["fold"] == row["fold"], "val_loss"] - row["val_mse"]).abs().min() > 1e-6
 
 
-def test_an_own_weight_does_not_move_its_own_prediction(judged, drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "data")
-    sheet = pd.read_excel(drawn / SHEET)
-    row = sheet[TARGET].first_valid_index() + 5
-    sheet.loc[row, TARGET] = 1.9
-    sheet.to_excel(tmp_path / "data" / SHEET, index=False)
-    flags = ["--folds", 3, "--group_by", "experiment_id", "plant_number"]
-    train(tmp_path / "data", tmp_path / "out", *flags, script=cross_validate)
-    before, after = (
-        pd.read_csv(out / "predictions.csv").set_index("filename") for out in (judged[0], tmp_path / "out")
-    )
-    fold = before["fold"] == before.loc[sheet.loc[row, "filename"], "fold"]
-    assert before.loc[fold, "predicted_g"].equals(after.loc[fold, "predicted_g"])
-    assert not before.loc[~fold, "predicted_g"].equals(after.loc[~fold, "predicted_g"])
-
-
 def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(tmp_path):
     random, rows, photos = np.random.default_rng(3), [], tmp_path / "data" / "images_med_res"
     photos.mkdir(parents=True)
@@ -145,7 +124,7 @@ def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(
             Image.fromarray(pixels).save(photos / f"{plant}_{number}.png")
             rows.append({"filename": f"{plant}_{number}.png", "plant_number": plant, TARGET: weight})
     pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
-    flags = ["--epochs", 40, "--folds", 4, "--learning_rate", 3e-3, "--no_augmentation", "--standardize_features"]
+    flags = ["--epochs", 25, "--folds", 3, "--learning_rate", 3e-3, "--no_augmentation", "--standardize_features"]
     by_row, by_plant = (
         train(tmp_path / "data", tmp_path / by, *flags, "--group_by", by, script=cross_validate)
         for by in ("filename", "plant_number")
@@ -171,8 +150,8 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
 def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
     flags = ["--folds", 2, "--epochs", 60]
-    assert cross_validate.main(flags_of(drawn, tmp_path / "whole", *flags)) == 0
-    command = [sys.executable, ROOT / "cross_validate.py", *flags_of(drawn, tmp_path / "out", *flags)]
+    train(drawn, tmp_path / "whole", *flags, script=cross_validate)
+    command = [sys.executable, "-c", START, "cross_validate", *flags_of(drawn, tmp_path / "out", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("fold 2/2  epoch 5/"):
@@ -183,7 +162,7 @@ def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
     assert message.count("\n") == 1 and "interrupted" in message and "--resume" in message
     progress = torch.load(tmp_path / "out" / "model.pt.progress", weights_only=True)
     assert len(progress["results"]) == 1
-    assert cross_validate.main(flags_of(drawn, tmp_path / "out", *flags, "--resume")) == 0
+    train(drawn, tmp_path / "out", *flags, "--resume", script=cross_validate)
     assert not (tmp_path / "out" / "model.pt.progress").exists()
     assert "fold 1/2  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")

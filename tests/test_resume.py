@@ -1,5 +1,6 @@
 """Runs that are killed, or stopped by Ctrl-C, leave whole files and go on to the end that they would have had."""
 
+import importlib
 import json
 import os
 import random
@@ -7,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SHEET, TARGET, flags_of, outcome, train
+from conftest import SHEET, START, TARGET, flags_of, outcome, quick, train
 
 import train_model as tm
 
@@ -19,31 +21,29 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills are tried on Linu
 
 RUNS = {
     "frozen": ("train_model", "--epochs 40 --lr_schedule cosine --augment_views 2 --metadata_columns age_days"),
-    "cross-validated": ("cross_validate", "--folds 3 --epochs 15 --patience 9 --target_transform log"),
+    "cross-validated": ("cross_validate", "--folds 2 --epochs 15 --patience 9 --target_transform log"),
     "all layers": ("train_model", "--epochs 4 --unfreeze_backbone --batch_size 16"),
 }
-START = "import sys, train_model, {script} as script; train_model.SAVE_EVERY = 0; sys.exit(script.main(sys.argv[1:]))"
 
 
-def start(name, data, out):
-    """A process of one of RUNS that keeps its state after every epoch."""
+def start(script, data, out, *flags):
+    """A process that keeps its state after every epoch."""
+    command = [sys.executable, "-c", START, script, *flags_of(data, out, *flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(name, data, out):
     script, flags = RUNS[name]
-    command = [sys.executable, "-c", START.format(script=script), *flags_of(data, out, *flags.split(), "--resume")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # gradients of several threads may add up in another order
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process):
-    printed = process.communicate(timeout=300)[0].decode()
-    assert process.returncode == 0, printed
-    return printed
+    with quick():
+        assert importlib.import_module(script).main(flags_of(data, out, *flags.split(), "--resume")) == 0
 
 
 def kill_and_resume(name, data, out, chance):
     """Kill a run at a random moment of its training, see that its files are whole, and let another end it."""
-    process, moment = start(name, data, out), chance.uniform(0, 1.5)
+    script, flags = RUNS[name]
+    process, moment = start(script, data, out, *flags.split(), "--resume"), chance.uniform(0, 1)
     for line in process.stdout:
-        if b"epoch " in line or chance.random() < 0.02:
+        if "epoch " in line or chance.random() < 0.02:
             break
     time.sleep(moment)
     process.kill()
@@ -52,42 +52,30 @@ def kill_and_resume(name, data, out, chance):
         torch.load(path, weights_only=True)
     for path in out.glob("metrics.txt"):
         json.loads(path.read_text(encoding="utf-8"))
-    return finish(start(name, data, out))
+    run(name, data, out)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_is_resumed_to_the_same_bits(name, drawn, tmp_path):
-    finish(start(name, drawn, tmp_path / "undisturbed"))
+def test_a_killed_run_is_resumed_to_the_same_bits(name, drawn, tmp_path, capsys):
+    run(name, drawn, tmp_path / "undisturbed")
     kill_and_resume(name, drawn, tmp_path / "killed", random.Random(name))
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
     assert not list(tmp_path.rglob("*.progress"))
 
 
-class Killed(BaseException):
-    """Ends a run between two steps, as a kill would, but in the process of the test."""
+def test_it_resumes_the_same_run_only_and_says_what_differs(drawn, tmp_path, capsys):
+    out, real, epochs = tmp_path / "out", tm.train_one_epoch, []
 
-
-def stop_before(monkeypatch, epoch, error):
-    """Have the run end by `error` when it starts this epoch."""
-    real, epochs = tm.train_one_epoch, []
-
-    def stopping(*arguments):
+    def killed(*arguments):
         epochs.append(1)
-        if len(epochs) == epoch:
-            raise error
+        if len(epochs) == 3:
+            raise SystemExit("killed")
         return real(*arguments)
 
-    monkeypatch.setattr(tm, "train_one_epoch", stopping)
-
-
-def test_it_resumes_the_same_run_only_and_says_what_differs(drawn, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
     train(drawn, out, "--epochs", 3, "--resume")
     assert f"nothing to resume, there is no {out / 'model.pt.progress'}" in capsys.readouterr().out
     before = outcome(out)
-    monkeypatch.setattr(tm, "SAVE_EVERY", 0)
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        stop_before(patched, 3, Killed())
+    with mock.patch.multiple(tm, SAVE_EVERY=0, train_one_epoch=killed), pytest.raises(SystemExit, match="killed"):
         train(drawn, out, "--epochs", 3, "--seed", 7)
     sheet = pd.read_excel(drawn / SHEET)
     sheet.drop(sheet[TARGET].first_valid_index()).to_csv(tmp_path / "labels.csv", index=False)
@@ -97,19 +85,20 @@ def test_it_resumes_the_same_run_only_and_says_what_differs(drawn, tmp_path, mon
         (["--epochs", 3, "--seed", 7, "--labels_path", tmp_path / "labels.csv"], "data (rows and photos)"),
         (["--epochs", 3, "--seed", 7, "--weights", "none"], "--weights"),
     ):
-        assert tm.main(flags_of(drawn, out, *flags, "--resume")) == 2
+        with quick():
+            assert tm.main(flags_of(drawn, out, *flags, "--resume")) == 2
         message = capsys.readouterr().err
         assert told in message and message.count("\n") == 1
     (out / "model.pt.progress").write_bytes(b"no progress")
-    assert tm.main(flags_of(drawn, out, "--epochs", 3, "--seed", 7, "--resume")) == 2
+    with quick():
+        assert tm.main(flags_of(drawn, out, "--epochs", 3, "--seed", 7, "--resume")) == 2
     assert "is damaged" in capsys.readouterr().err
     assert outcome(out) == before
 
 
 def test_ctrl_c_keeps_the_best_epoch_and_ends_with_status_130(drawn, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "train_model.py", *flags_of(drawn, out, "--epochs", 100000)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train_model", drawn, out, "--epochs", 100000)
     for line in process.stdout:
         if line.startswith("epoch 20/"):
             break

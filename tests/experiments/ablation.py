@@ -34,7 +34,6 @@ SETTINGS = {  # name: flags, photos at the most
     "recommended, by experiment": ([*RECOMMENDED, *EXPERIMENT], None),
     "recommended, 400 photos": (RECOMMENDED, SMALL),
     "study's head, 400 photos": (STUDY, SMALL),
-    "recommended, random ResNet18": ([*RECOMMENDED, *RANDOM], None),
 }
 SEVERAL_SEEDS = ("recommended", "study's head, lite0", "no augmentation")  # the others are trained with the first
 

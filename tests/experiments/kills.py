@@ -4,6 +4,8 @@ python tests/experiments/kills.py --data_dir sample_data --kills 10
 """
 
 import argparse
+import contextlib
+import io
 import random
 import sys
 import tempfile
@@ -26,16 +28,17 @@ def main():
     with tempfile.TemporaryDirectory(prefix="kills_") as folder:
         conftest.write_tiny_weights(Path(folder) / "tiny.pth")
         for number in range(args.kills):
-            name = names[number % len(names)]
-            if name not in wanted:
-                test_resume.finish(test_resume.start(name, args.data_dir, Path(folder, name, "undisturbed")))
-                wanted[name] = conftest.outcome(Path(folder, name, "undisturbed"))
-            out = Path(folder, str(number), "killed")
-            printed = test_resume.kill_and_resume(name, args.data_dir, out, chance)
-            lines = [line for line in printed.splitlines() if line.startswith("resumed") or "done before" in line]
+            name, out, log = names[number % len(names)], Path(folder, str(number), "killed"), io.StringIO()
+            with contextlib.redirect_stdout(log):
+                if name not in wanted:
+                    test_resume.run(name, args.data_dir, Path(folder, name, "undisturbed"))
+                    wanted[name] = conftest.outcome(Path(folder, name, "undisturbed"))
+                log.truncate(0)
+                test_resume.kill_and_resume(name, args.data_dir, out, chance)
+            said = [line for line in log.getvalue().splitlines() if "resumed after" in line or "done before" in line]
             same = conftest.outcome(out) == wanted[name]
             different += not same
-            print(f"| {name} | {'; '.join(lines) or 'from the beginning'} | {'the same bits' if same else 'ANOTHER'} |")
+            print(f"| {name} | {'; '.join(said) or 'from the beginning'} | {'the same bits' if same else 'ANOTHER'} |")
     return int(different > 0)
 
 
