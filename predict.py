@@ -51,6 +51,10 @@ def read_model(path):
         scale.model.load_state_dict(scale.model_state)
         scale.resize = tm.BiomassDataset(row, scale, backbone.size, backbone.interpolation).transform
         scale.familiar = {name: value.numpy() for name, value in (scale.familiar or {}).items()}
+        if scale.calibration:
+            interval(
+                scale.calibration, [1.0], min(0.5, scale.calibration["groups"], len(scale.calibration["grouped_by"]))
+            )
         scale.suffix, scale.space_unit = (f"_{scale.unit}", f" {scale.unit}") if scale.unit else ("", "")
     except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
         raise tm.UserError(f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})") from error

@@ -558,7 +558,8 @@ def load_weights(backbone, weights):
     if bad:
         text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
         raise UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
-    backbone.net.load_state_dict({name: state[name] for name in wanted})
+    wanted.update({name: state[name] for name in wanted})  # which keeps the version that some networks ask for
+    backbone.net.load_state_dict(wanted)
 
 
 def read_weights(path):
@@ -672,7 +673,12 @@ class BiomassModel(nn.Module):
         """Copy of all in the state dict that training can change."""
         frozen = {f"backbone.net.{path}".rstrip(".") for path in self.frozen}
         state = self.state_dict()
-        return {name: tensor.clone() for name, tensor in state.items() if name.rpartition(".")[0] not in frozen}
+        for name, tensor in list(state.items()):
+            if name.rpartition(".")[0] in frozen:
+                del state[name]
+            else:
+                state[name] = tensor.clone()
+        return state
 
 
 # ---------------------------------------------------------------- features: what a frozen backbone says, computed once
@@ -689,9 +695,12 @@ def make_engine(backbone, device, precision):
 
 
 def run_torch(backbone, device, precision, batches):
+    threads = torch.get_num_threads()
     torch.set_num_threads(cores())
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        return np.concatenate([backbone.eval()(images.to(device)).cpu().numpy() for images in batches])
+        features = [backbone.eval()(images.to(device)).cpu().numpy() for images in batches]
+    torch.set_num_threads(threads)
+    return np.concatenate(features)
 
 
 def run_openvino(backbone, precision, batches):
@@ -1086,7 +1095,9 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
     backbone = model.backbone
     settings = {"name": backbone.name, "size": backbone.size, "stages": bool(backbone.stages)}
     settings |= {"target_transform": model.target_transform, "precision": args.precision}
-    content = {"model_state": {key: value.cpu() for key, value in model.state_dict().items()}, "settings": settings}
+    state = model.state_dict()
+    state.update({key: value.cpu() for key, value in state.items()})
+    content = {"model_state": state, "settings": settings}
     content |= {"metadata": model.plan, "calibration": calibration, "familiar": familiar, "target": args.target}
     content |= {"unit": unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
     save_plain(content, args.model_out)
@@ -1558,6 +1569,8 @@ def prepare(script, argv, args, started):
     backbone = Backbone(args.model_name, args.image_size, args.features == "stages")
     with accelerator.main_process_first():  # one download serves all
         load_weights(backbone, args.weights)
+    if args.unfreeze_from:  # a layer that is not there is told before the log is opened
+        BiomassModel(copy.deepcopy(backbone), args.unfreeze_from)
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)
     dataset = BiomassDataset(labels, args, backbone.size, backbone.interpolation)
     run = describe_run(script, argv, args, labels, accelerator)
@@ -1622,7 +1635,8 @@ def run_script(prog, job, argv):
     finally:
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told
+                handler.close()
     rank = os.environ.get("RANK", "0")
     print(f"{prog}: {message}" if rank == "0" else f"{prog}, process {rank}: {message}", file=sys.stderr)
     return status

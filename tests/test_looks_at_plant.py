@@ -11,7 +11,7 @@ import cross_validate
 import eda
 import make_sample_data
 
-PHOTOS = 150
+PHOTOS = 110
 
 
 def plant_truth(folder, kind):
@@ -38,8 +38,8 @@ def plant_truth(folder, kind):
 def test_planted_truth_is_found(kind, least, most, sentence, tmp_path):
     plant_truth(tmp_path / "data", kind)
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
-    flags += ["--model_name", "tf_efficientnet_lite0", "--image_size", "160", "--features", "stages", "--folds", "3"]
-    flags += ["--standardize_features", "--target_transform", "sqrt", "--lr_schedule", "cosine", "--epochs", "30"]
+    flags += ["--model_name", "tf_efficientnet_lite0", "--image_size", "128", "--features", "stages", "--folds", "3"]
+    flags += ["--standardize_features", "--target_transform", "sqrt", "--lr_schedule", "cosine", "--epochs", "25"]
     flags += ["--no_augmentation", "--precision", "fp32", "--results_dir", tmp_path / "out"]
     flags += ["--log_path", tmp_path / "log", "--model_out", tmp_path / "m.pt", "--cache_dir", tmp_path / "cache"]
     assert cross_validate.main([*map(str, flags)]) == 0

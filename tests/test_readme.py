@@ -116,18 +116,22 @@ def test_all_documented_runs_are_of_one_commit():
     assert f"commit: {commits['.']}" in (ROOT / "training.log").read_text()
 
 
-def test_flags_in_commands_exist():
+def test_flags_in_commands_exist(capsys):
     readme, script = (ROOT / "README.md").read_text(), (ROOT / "tests" / "experiments" / "documented.sh").read_text()
+    known = {}
+    for name, module in SCRIPTS.items():
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        known[name] = capsys.readouterr().out
     found = 0
     for line in [*commands(readme), *script.replace("\\\n", " ").splitlines()]:
-        for name, module in SCRIPTS.items():
-            for part in re.split(r"&&", line):
+        for part in line.split("&&"):
+            for name in known:
                 if f"{name} " in part and "experiments" not in part:
                     flags = re.findall(r"(?<=\s)--[a-z_]+", part.split(name, 1)[1])
-                    known = module.build_parser().format_help()
-                    assert all(flag in known for flag in flags), (line, flags)
+                    assert all(flag in known[name] for flag in flags), (part, flags)
                     found += len(flags)
-    assert found > 15 and make_sample_data.main(["--num_images", "0"]) != 0
+    assert found > 15
 
 
 @pytest.mark.skipif(not shutil.which("pandoc") or not shutil.which("pdflatex"), reason="pandoc and LaTeX are not here")
