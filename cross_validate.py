@@ -447,7 +447,8 @@ def summarize(table, results, final, splits, labels, args):
     metrics |= {"val_rows": len(table), "val_plants": int(table["_plant"].nunique())} | judge_erased(table, args)
     if not args.no_erasing:
         # where nothing could be erased, the photos are the same to the last bit, and so are the predictions
-        metrics["photos_not_erased"] = int((table["plant erased"] == table["predicted"]).sum())
+        same = (table["plant erased"] == table["predicted"]) & (table["predicted"] > 0)  # 0 is the lowest of all
+        metrics["photos_not_erased"] = int(same.sum())
         metrics["looks_at"] = verdict(metrics)
         logger.info(metrics["looks_at"])
     each = [{"fold": fold, **tm.scores(rows)} for fold, rows in table.groupby("fold")]

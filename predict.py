@@ -175,14 +175,19 @@ def log_summary(table, scale, coverage):
                     f"bias {errors.mean():.4f}{unit}{inside}")  # fmt: skip
 
 
+def spread(table, most):
+    """At most so many rows of the table, from its first to its last."""
+    return table.iloc[np.linspace(0, len(table) - 1, min(most, len(table))).round().astype(int)]
+
+
 def draw_sheet(table, scale, args):
     """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
     good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
     marked = good[good[list(MARKS)].any(axis=1)]
     others = good.drop(marked.index)
-    room = min(max(THUMBNAILS - len(marked), 0), len(others))
-    spread = np.linspace(0, len(others) - 1, room).round().astype(int)
-    shown = pd.concat([marked[:THUMBNAILS], others.iloc[spread]])
+    room = min(max(THUMBNAILS - len(marked), THUMBNAILS // 2), len(others))
+    marked, others = spread(marked, THUMBNAILS - room), spread(others, room)
+    shown = pd.concat([marked, others])
     rows, unit = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1), scale.space_unit
     figure, axes = tm.new_figure(args, rows, THUMBNAILS_A_ROW, (10.4, 2 * rows + 0.4))  # for a page: 6.5 wide
     for axis in axes.flat:
@@ -239,7 +244,7 @@ def explain(table, scale, args, accelerator):
     good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
     if good.empty:
         return
-    shown = good.iloc[np.unique(np.linspace(0, len(good) - 1, SHOWN).astype(int))]
+    shown = spread(good, SHOWN)
     metadata, weigh, items = tm.encode_metadata(shown, scale.metadata), make_weigh(scale.model, args, accelerator), []
 
     def to_pixels(photo):

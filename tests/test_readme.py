@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 
 import cross_validate  # noqa: E402
 import eda  # noqa: E402
-import make_sample_data  # noqa: E402
 import predict  # noqa: E402
 import train_model  # noqa: E402
 
@@ -32,7 +31,6 @@ RUNS = {  # folder in results/: what the README calls it, and what it was judged
     "by_experiment": ("recommended", "nine experiments"),
     "random_resnet18": ("random ResNet18, the study's defaults", "best epoch, 20 % of plants"),
     "random_resnet18_folds": ("random ResNet18, the study's defaults", "five folds by plant"),
-    "random_resnet18_recommended": ("random ResNet18, recommended", "five folds by plant"),
 }
 SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
 
@@ -66,6 +64,7 @@ def ablation_table():
 
 
 def speed_table():
+    """Seconds of whole runs beside the plain loop that the study would write, from the benchmark."""
     found = json.loads((RESULTS / "benchmark.json").read_text())
     lines = [
         "| run on the full drawn set, ResNet18 | seconds | plain loop | times as fast |",
@@ -78,7 +77,9 @@ def speed_table():
 
 
 def tables():
-    return {"results": results_table(), "ablation": ablation_table(), "speed": speed_table()}
+    """The README's tables by the file that they come from; one that is not measured yet is not there."""
+    found = {"metrics.txt": results_table, "ablation.csv": ablation_table, "benchmark.json": speed_table}
+    return {name: table() for name, table in found.items() if (RESULTS / name).is_file()}
 
 
 def commands(readme):

@@ -22,7 +22,6 @@ python cross_validate.py $full $recommended $away $(at by_experiment)
 python cross_validate.py $full $lite0 $away $(at study_by_experiment)
 python train_model.py $full $random $(at random_resnet18)
 python cross_validate.py $full $random --no_erasing $(at random_resnet18_folds)
-python cross_validate.py $full $recommended --model_name resnet18 $random --no_erasing $(at random_resnet18_recommended)
 python predict.py --model models/biomass_cross_validated.pt --labels_path full_sample/digital_biomass_labels.xlsx \
     --image_dir full_sample/images_med_res --out models/predictions.csv --sheet figures/contact_sheet.png
 python tests/experiments/held_out.py $full
