@@ -960,8 +960,8 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
     whatever the loss; without `choose_best` or such rows it is the last. Returns {history, epoch, predictions} of the
     validation rows, and `interrupted` after Ctrl-C if an epoch could be chosen. Goes on where `progress` stands.
     """
-    (train_rows, val_rows), choose_best = split, choose_best and len(split[1]) > 0
-    deviation = float(model.to_loss_unit(dataset.targets[train_rows].to(accelerator.device)).std()) or 1.0
+    choose_best = choose_best and len(split[1]) > 0
+    deviation = float(model.to_loss_unit(dataset.targets[split[0]].to(accelerator.device)).std()) or 1.0
     loss_function = nn.HuberLoss(delta=deviation) if args.loss == "huber" else LOSSES[args.loss]
     optimizer, schedule = make_optimizer(model, args)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
@@ -973,15 +973,9 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
             if args.patience and choose_best and epoch - 1 - done["epoch"] >= args.patience:
                 logger.info(f"{name}stopped: no lower val_loss for {args.patience} epochs")
                 break
-            rows = np.random.default_rng([args.seed, epoch]).permutation(train_rows)
-            view, row, predictions = training_version(args, epoch), {"epoch": epoch}, None
-            row["train_loss"] = train_one_epoch(learner, batches(rows, view), optimizer, loss_function, accelerator)
+            passed = learner, optimizer, loss_function, accelerator
+            row, predictions = run_epoch(epoch, passed, model, dataset, batches, split, args)
             schedule.step()
-            if args.target_transform in BENDS:
-                model.balance(evaluate(learner, batches(rows, view), accelerator)[1], dataset.targets[rows])
-            if len(val_rows):
-                row["val_loss"], predictions = evaluate(learner, batches(val_rows, PLAIN), accelerator)
-                row["val_rmse"] = math.sqrt(row["val_loss"])
             done = add_epoch(done, row, predictions, model, choose_best, name)
             state = take_state(model, optimizer, schedule, done)
             log_epoch(row, name, args, accelerator)
@@ -993,10 +987,23 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
             raise
         logger.info(f"{name}interrupted after epoch {len(done['history'])}: what follows is of the best one so far")
         done = done | {"interrupted": True}
-    if model.learns:
-        accelerator.free_memory()  # which else keeps each fold's model
+    accelerator.free_memory()  # which else keeps each fold's model
     model.load_state_dict(done["best_state"], strict=False)
     return {what: value for what, value in done.items() if what != "best_state"}
+
+
+def run_epoch(epoch, passed, model, dataset, batches, split, args):
+    """Train for one epoch and predict the validation rows: the epoch's row of the history, and the predictions."""
+    (learner, optimizer, loss_function, accelerator), (train_rows, val_rows) = passed, split
+    rows = np.random.default_rng([args.seed, epoch]).permutation(train_rows)
+    view, row, predictions = training_version(args, epoch), {"epoch": epoch}, None
+    row["train_loss"] = train_one_epoch(learner, batches(rows, view), optimizer, loss_function, accelerator)
+    if args.target_transform in BENDS:
+        model.balance(evaluate(learner, batches(rows, view), accelerator)[1], dataset.targets[rows])
+    if len(val_rows):
+        row["val_loss"], predictions = evaluate(learner, batches(val_rows, PLAIN), accelerator)
+        row["val_rmse"] = math.sqrt(row["val_loss"])
+    return row, predictions
 
 
 def add_epoch(done, row, predictions, model, choose_best, name):
