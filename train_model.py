@@ -978,8 +978,8 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
             schedule.step()
             done = add_epoch(done, row, predictions, model, choose_best, name)
             state = take_state(model, optimizer, schedule, done)
-            log_epoch(row, name, args, accelerator)
             keep_progress(progress, name, state, args, accelerator)
+            log_epoch(row, name, args, accelerator)
     except KeyboardInterrupt:  # perhaps within an epoch, so what counts is the state after the last whole one
         done = state["done"]
         keep_progress(progress, name, state, args, accelerator, at_once=True)

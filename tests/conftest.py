@@ -5,11 +5,14 @@ import functools
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+with contextlib.suppress(ValueError):  # outside the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in their background
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and waiting threads of torch take them all
 
 import pandas as pd
