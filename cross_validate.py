@@ -440,7 +440,7 @@ def plot_within(within, args, axis):
     axis.legend()
 
 
-def summarize(table, results, final, splits, labels, args):
+def summarize(table, final, splits, labels, args):
     """What metrics.txt says of all held-out rows together, of each fold and within groups."""
     how = "training plants kept aside" if args.patience else "none"
     metrics = tm.summarize(table, final["epoch"], how, [], args)
@@ -503,7 +503,7 @@ def cross_validate(argv, started):
     if this.accelerator.is_main_process:
         history = [{"fold": fold, **row} for fold, result in enumerate(results, 1) for row in result["history"]]
         history += [{"fold": 0, **row} for row in final["history"]]
-        metrics = summarize(table, results, final, splits, this.labels, args)
+        metrics = summarize(table, final, splits, this.labels, args)
         within = metrics.get("within")
         panel = functools.partial(plot_within, within, args) if within else None
         tm.finish(table, history, metrics, this.run, begun, args, panel)
