@@ -1411,11 +1411,18 @@ def open_log(path, append=False):
     """Write the lines that waited, and all to come, to the log file too."""
     if os.environ.get("RANK", "0") == "0":
         file = logging.FileHandler(path, "a" if append else "w", encoding="utf-8", errors="backslashreplace")
+        file.handleError = functools.partial(stop_at_full_log, path)  # else logging prints a traceback and goes on
         file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
         waiting = logger.handlers.pop()
         waiting.setTarget(file)
         waiting.flush()
         logger.addHandler(file)
+
+
+def stop_at_full_log(path, record):
+    error = sys.exc_info()[1]
+    reason = getattr(error, "strerror", None) or one_line(error)
+    raise UserError(f"cannot write {path} ({reason}): free the disk or choose another place") from error
 
 
 # ---------------------------------------------------------------- command line
