@@ -444,12 +444,16 @@ class BiomassDataset(Dataset):
             raise UserError(f"{self.paths[row]}: {fault_of(error)}; replace it or remove its row") from None
         if digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
-        return [self.transform(photo, view, self.contents[row]) for view in views]
+        small = self.resize(photo)  # once for all versions but the edited ones
+        pairs = [(photo if view in self.edits else small, view) for view in views]
+        return [self.transform(image, view, self.contents[row]) for image, view in pairs]
+
+    def resize(self, photo):
+        return transforms.resize(photo, [self.size, self.size], self.interpolation)
 
     def transform(self, photo, view, content):
         """One version of a photo, a Pillow image of the backbone's size."""
-        photo = self.edits[view](photo) if view in self.edits else photo
-        photo = transforms.resize(photo, [self.size, self.size], self.interpolation)
+        photo = self.resize(self.edits[view](photo) if view in self.edits else photo)
         if not isinstance(view, int):
             return photo
         return self.augment(photo, np.random.default_rng([self.seed, view, int(content[:16], 16)]))
@@ -1270,9 +1274,8 @@ def save_figure(figure, path, photos=False):
     with whole_file(path) as partial:
         partial.write_bytes(drawn.getvalue())
         if photos:
-            Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(
-                partial, format="PNG", optimize=True
-            )
+            few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE)
+            few.save(partial, format="PNG", optimize=True)
 
 
 def plain(text):

@@ -8,6 +8,7 @@ how often the interval holds that was calibrated on plants, and the one that was
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -84,23 +85,35 @@ def by_experiment(data_dir, folder):
     this, args, batches = load([*RECOMMENDED, "--no_erasing"], data_dir, folder)
     sheet = tm.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
     experiment = this.labels["filename"].map(sheet["experiment_id"]).to_numpy(int)
-    plants = this.labels["_plant"].to_numpy()
+    plants, rows = this.labels["_plant"].to_numpy(), np.arange(len(this.labels))
+
+    @functools.cache
+    def model_without(*left_out):
+        return train(this, args, batches, rows[~np.isin(experiment, left_out)])
+
+    def weighed(model, learn, rest):
+        return predict(this, args, batches, model, (learn, rest))
+
     lines = []
     for away in np.unique(experiment):
-        known, held_out = np.flatnonzero(experiment != away), np.flatnonzero(experiment == away)
-        line = {"experiment": int(away), "rows": len(held_out)}
-        for how, groups, coverage_wanted in (("plants", plants, 0.9), ("experiments", experiment, 7 / 9)):
-            labels = this.labels.iloc[known].assign(_plant=groups[known])
-            args.folds = 5 if how == "plants" else 8
-            tables = [
-                predict(this, args, batches, train(this, args, batches, known[learn]), (known[learn], known[rest]))
-                for learn, rest in cross_validate.folds_by_plant(labels, args).values()
-            ]
+        known, held_out = rows[experiment != away], rows[experiment == away]
+        seen, line = weighed(model_without(away), known, held_out), {"experiment": int(away), "rows": len(held_out)}
+        by_plants = cross_validate.folds_by_plant(this.labels.iloc[known], args).values()
+        by_plants = [
+            weighed(train(this, args, batches, known[learn]), known[learn], known[rest]) for learn, rest in by_plants
+        ]
+        by_experiments = [  # the model without two experiments serves both, whichever of them is away
+            weighed(model_without(*sorted((away, other))), known[experiment[known] != other], rows[experiment == other])
+            for other in np.unique(experiment[known])
+        ]
+        for how, tables, groups, wanted in (
+            ("plants", by_plants, plants, 0.9),
+            ("experiments", by_experiments, experiment, 7 / 9),
+        ):
             table = pd.concat(tables)
             table["_plant"] = groups[table.index]
-            calibration = cross_validate.calibrate(table, labels, args)
-            seen = predict(this, args, batches, train(this, args, batches, known), (known, held_out))
-            low, high = cross_validate.interval(calibration, seen["predicted"], coverage_wanted)
+            calibration = cross_validate.calibrate(table, this.labels, args)
+            low, high = cross_validate.interval(calibration, seen["predicted"], wanted)
             line[f"by_{how}"] = float(seen["measured"].between(low, high).mean())
             line[f"width_by_{how}"] = float(np.mean(high - low))
         lines.append(line)
