@@ -381,9 +381,9 @@ def draw_heat(items, args, path, unit, columns=6):
         below.imshow(photo.convert("L"), cmap="gray")
         extent = (0, photo.width, photo.height, 0)
         drawn = below.imshow(heat, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.6, extent=extent)
-    label = f"prediction lost by hiding a patch{f' ({unit})' if unit else ''}"
+    label = f"red: prediction lost by hiding the patch{f' ({unit})' if unit else ''}, blue: gained"
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.7)
-    figure.suptitle("Where it looks: each patch hidden in turn by soil of the same photo")
+    figure.suptitle("Where it looks: each patch hidden in turn by what the photo shows without its plant")
     tm.save_figure(figure, path, photos=True)
 
 
@@ -468,12 +468,11 @@ def predicted_rows(this, splits, results, args):
 
 
 def draw_where_it_looks(this, heats, table, args):
-    predicted = table["predicted"]
-    items = []
+    predicted, unit, items = table["predicted"], tm.unit_of(args.target), []
     for row, heat in zip(heats["rows"].tolist(), heats["heats"].numpy(), strict=True):
-        both = f"measured {this.dataset.targets[row]:.3f}\npredicted {predicted[row]:.3f} {tm.unit_of(args.target)}"
+        both = f"measured {this.dataset.targets[row]:.3f} {unit}\npredicted {predicted[row]:.3f} {unit}"
         items.append((tm.open_photo(this.dataset.paths[row]), heat, both))
-    draw_heat(items, args, args.results_dir / "where_it_looks.png", tm.unit_of(args.target))
+    draw_heat(items, args, args.results_dir / "where_it_looks.png", unit)
 
 
 def cross_validate(argv, started):

@@ -346,7 +346,8 @@ def target_distribution(figure, sheet, photos, args):
     weights = sheet[args.target].dropna().rename(args.label)
     linear, logarithmic = figure.subplots(1, 2)
     seaborn.histplot(weights, bins=40, color="seagreen", ax=linear)
-    linear.set(title=f"n = {len(weights)}, mean {weights.mean():.4g}, median {weights.median():.4g}", ylabel="rows")
+    middle = f"mean {weights.mean():.4g}, median {weights.median():.4g} {unit_of(args.target)}".rstrip()
+    linear.set(title=f"n = {len(weights)}, {middle}", ylabel="rows")
     seaborn.histplot(weights[weights > 0], bins=40, color="seagreen", log_scale=True, ax=logarithmic)
     logarithmic.set(title=f"n = {(weights > 0).sum()} above zero, on a log axis", ylabel="rows")
 
@@ -382,11 +383,12 @@ def age_vs_biomass(figure, sheet, photos, args):
     for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
         axes.scatter(jittered, rows[args.target], s=4, alpha=0.4, color="seagreen", linewidths=0)
         seaborn.boxplot(rows, x="week", y=args.target, ax=axes, native_scale=True, fill=False, fliersize=0, color="k")
-        axes.plot(rows.groupby("week")[args.target].median(), color="darkorange", marker="o")
+        axes.plot(rows.groupby("week")[args.target].median(), color="darkorange", marker="o", label="median")
         sizes = rows["week"].value_counts()
         axes.set_xticks(sizes.index, [f"{week:g}\nn = {n}" for week, n in sizes.items()])
         axes.set(xlabel="age, to the week (days)", ylabel=args.label, yscale=scale)
-    figure.suptitle(f"{args.label} by age, with its median, on a linear and a log axis, n = {len(rows)}")
+        axes.legend(loc="upper left")
+    figure.suptitle(f"{args.label} by age on a linear and a log axis, n = {len(rows)} with both; boxes: quartiles")
 
 
 def image_pixel_analysis(figure, sheet, photos, args):
@@ -404,7 +406,7 @@ def green_area_vs_biomass(figure, sheet, photos, args):
     axes.scatter(areas, grams[areas.index], s=6, alpha=0.4, color="seagreen", linewidths=0)
     axes.plot(areas, weight_of(areas), color="black")
     axes.set(xscale="log", yscale="log", xlabel="green area A (share of the frame, 0..1)", ylabel=args.label)
-    formula = "{smearing_factor:.3f} * {a:.4g} * A^{b:.3f}".format(**law)
+    formula = f"{law['smearing_factor'] * law['a']:.4g} * A^{law['b']:.3f}"
     axes.set_title(f"{args.label} by green area, n = {len(rows)} with any green; line: {formula}")
 
 

@@ -184,7 +184,7 @@ def draw_sheet(table, scale, args):
     """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
     good = table[table["fault"] == ""].sort_values("predicted", kind="stable")
     marked = good[good[list(MARKS)].any(axis=1)]
-    others = good.drop(marked.index)
+    others, found = good.drop(marked.index), len(marked)
     room = min(max(THUMBNAILS - len(marked), THUMBNAILS // 2), len(others))
     marked, others = spread(marked, THUMBNAILS - room), spread(others, room)
     shown = pd.concat([marked, others])
@@ -196,11 +196,13 @@ def draw_sheet(table, scale, args):
         axis.imshow(tm.open_photo(row["_path"]).resize((108, 108)))
         reasons, name = [text for column, text in MARKS.items() if row[column]], row["filename"][-28:]
         lines = [name[:14], name[14:], f"predicted {row['predicted']:.3f}{unit}"]
-        lines.append(f"{row['low']:.3f} to {row['high']:.3f}" if scale.calibration else "")
+        lines.append(f"from {row['low']:.3f} to {row['high']:.3f}" if scale.calibration else "")
         lines.append(f"measured {row['measured']:.3f}{unit}" if np.isfinite(row["measured"]) else "")
         text, colour = "\n".join(filter(None, lines + reasons)), "tab:red" if reasons else "black"
         axis.set_title(tm.plain(text), fontsize=9, color=colour, pad=3)
-    figure.suptitle(f"{len(shown):,} of {len(good):,} photos, predicted {tm.plain(scale.target)}", fontsize=12)
+    first = f"{len(marked):,} of {found:,} marked photos first, in red, then " if found else ""
+    title = f"{tm.plain(scale.target)}: {first}{len(others):,} of {len(good) - found:,} others"
+    figure.suptitle(title, fontsize=12)
     tm.save_figure(figure, args.sheet, photos=True)
 
 

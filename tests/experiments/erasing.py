@@ -44,14 +44,16 @@ def main():
         result[kind] = {"r": float(np.corrcoef(predicted, weights)[0, 1]), "mean_g": float(predicted.mean())}
     (ROOT / "results" / "erasing.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(2, 8)
+    figure, kinds = Figure(figsize=(10, 4.9), layout="constrained"), ("whole", "plant erased", "all else erased")
+    photos["all else erased"] = [cross_validate.erase_background(photo) for photo in photos["whole"]]
+    axes = figure.subplots(3, 8)
     for column, index in enumerate(np.linspace(20, POTS - 1, 8).astype(int)):
-        for row, kind in enumerate(("whole", "plant erased")):
+        for row, kind in enumerate(kinds):
             axes[row, column].imshow(photos[kind][index])
-            axes[row, column].set_axis_off()
+            axes[row, column].set(xticks=[], yticks=[])
+            axes[row, 0].set_ylabel(kind, fontsize=9)
         axes[0, column].set_title(f"{weights[index]:.3f} g", fontsize=9)
-    figure.suptitle("Drawn photos whole, and with their plant erased", fontsize=10)
+    figure.suptitle("Drawn photos whole, with their plant erased, and with all but the plant erased", fontsize=10)
     figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
     tm.save_figure(figure, ROOT / "results" / "erasing.png", photos=True)
 
