@@ -231,10 +231,15 @@ def export(scale, path):
     inputs, dims = {"photos": photos}, {"photos": {0: "n", 2: "height", 3: "width"}}
     if scale.metadata:
         inputs, dims = inputs | {"metadata": torch.zeros(3, scale.width)}, dims | {"metadata": {0: "n"}}
+    names = {"input_names": list(inputs), "output_names": ["predicted"]}
     with tm.whole_file(path) as partial, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what an export says of its own steps
-        torch.onnx.export(grams, tuple(inputs.values()), str(partial), input_names=list(inputs), dynamic_shapes=dims,
-                          output_names=["predicted"], external_data=False, dynamo=True, verbose=False)  # fmt: skip
+        try:
+            torch.onnx.export(grams, tuple(inputs.values()), str(partial), dynamic_shapes=dims, **names,
+                              external_data=False, dynamo=True, verbose=False)  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:  # old releases cannot write how a photo is resized
+            text = f"--export: {tm.one_line(error)[:80]}"
+            raise tm.UserError(f"{text}; newer packages may: pip install -U torch torchvision onnxscript") from error
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         answer = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
         if not np.allclose(answer, wanted := grams(*inputs.values()).numpy(), rtol=1e-3, atol=1e-4):
