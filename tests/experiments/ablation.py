@@ -44,6 +44,10 @@ SETTINGS = {  # name: flags, photos at the most, changes of train_model.py
     "study's head, random ResNet18": (RANDOM, None, {}),
     "recommended, random ResNet18": ([*RECOMMENDED, *RANDOM], None, {}),
     "no augmentation": (PLAIN, None, {}),
+    "with age, temperature, light": ([*RECOMMENDED, *METADATA], None, {}),
+    "recommended, by experiment": ([*RECOMMENDED, *EXPERIMENT], None, {}),
+    "recommended, 400 photos": (RECOMMENDED, SMALL, {}),
+    "study's head, 400 photos": (STUDY, SMALL, {}),
     "no augmentation, 320 pixels": ([*PLAIN, "--image_size", "320"], None, {}),
     "no augmentation, 448 pixels": ([*PLAIN, "--image_size", "448"], None, {}),
     "one augmented version": ([*RECOMMENDED, "--augment_views", "1"], None, {}),
@@ -59,10 +63,6 @@ SETTINGS = {  # name: flags, photos at the most, changes of train_model.py
     "20 epochs": ([*RECOMMENDED, "--epochs", "20"], None, {}),
     "head of 64": (RECOMMENDED, None, {"HEAD_WIDTH": 64}),
     "no dropout": (RECOMMENDED, None, {"DROPOUT": 0.0}),
-    "with age, temperature, light": ([*RECOMMENDED, *METADATA], None, {}),
-    "recommended, by experiment": ([*RECOMMENDED, *EXPERIMENT], None, {}),
-    "recommended, 400 photos": (RECOMMENDED, SMALL, {}),
-    "study's head, 400 photos": (STUDY, SMALL, {}),
 }
 
 

@@ -23,7 +23,7 @@ python cross_validate.py $full $lite0 $away $(at study_by_experiment)
 python train_model.py $full $random $(at random_resnet18)
 python train_model.py $full $random --epochs 2 --batch_size 16 --learning_rate 5e-4 $(at random_two_epochs)
 python cross_validate.py $full $random --no_erasing $(at random_resnet18_folds)
-python train_model.py $full $recommended --epochs 20 --weight_decay 0.05 --unfreeze_backbone --image_size 160 \
+python train_model.py $full $recommended --epochs 16 --weight_decay 0.05 --unfreeze_backbone --image_size 160 \
     $(at all_layers)
 python predict.py --model models/biomass_cross_validated.pt --labels_path full_sample/digital_biomass_labels.xlsx \
     --image_dir full_sample/images_med_res --out models/predictions.csv --sheet figures/contact_sheet.png
