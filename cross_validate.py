@@ -30,7 +30,7 @@ MOST_SIDE, WIDEN, SOIL_RADIUS = 512, 6, 0.33  # pixels, pixels, share of the fra
 GREY = np.uint8([124, 116, 104])  # the mean of ImageNet
 PATCHES = 8  # a side of a heat map
 SHOWN = 12  # photos with a heat map
-COMPONENTS = 32  # of the training features; what lies outside them counts too
+COMPONENTS = 31  # of the training features; what lies outside them counts too
 FAMILIAR_SHARE = 0.99  # of held-out photos that count as like the training photos
 
 logger = logging.getLogger("biomass")
@@ -71,8 +71,9 @@ def judge_fold(this, split, args, batches, name):
     result = {"history": outcome["history"], "epoch": outcome["epoch"]}
     for view in (tm.PLAIN, *this.dataset.edits):
         result[view] = tm.evaluate(model, batches(split[1], view), this.accelerator)[1]
-    familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
-    distances = unlikeness(familiar, tm.features_of(model, batches, split[1], this.accelerator))
+    with this.accelerator.autocast():  # as predict.py computes them
+        familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
+        distances = unlikeness(familiar, tm.features_of(model, batches, split[1], this.accelerator))
     result["distances"] = torch.from_numpy(distances)
     if this.dataset.edits and name.startswith("fold 1/") and this.accelerator.is_main_process:
         by_weight = split[1][np.argsort(this.dataset.targets[split[1]].numpy(), kind="stable")]
@@ -121,7 +122,7 @@ def describe_features(features):
     features = np.asarray(features, np.float64)
     mean = features.mean(0)
     scale = float((features - mean).std()) or 1.0  # one for all, see BiomassModel.fit_features
-    components = max(min(COMPONENTS, *features.shape) - 1, 1)
+    components = max(min(COMPONENTS, min(features.shape) - 1), 1)
     pca = PCA(components, svd_solver="randomized", random_state=0).fit((features - mean) / scale)
     # not noise_variance_, which divides by the photos where they are fewer than the features
     rest = ((features - mean) ** 2).mean(0).sum() / scale**2 - pca.explained_variance_.sum()
@@ -138,7 +139,8 @@ def train_on_all(this, args, batches, table, results):
     outcome = tm.fit(model, this.dataset, batches, (learn, watch), args, this.accelerator, this.progress, name)
     if "interrupted" in outcome:
         raise KeyboardInterrupt
-    familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
+    with this.accelerator.autocast():
+        familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
     held_out = np.concatenate([result["distances"].numpy() for result in results])
     familiar["limit"] = float(np.quantile(held_out, FAMILIAR_SHARE))
     if this.accelerator.is_main_process:
@@ -447,7 +449,8 @@ def summarize(table, final, splits, labels, args):
     metrics |= {"val_rows": len(table), "val_plants": int(table["_plant"].nunique())} | judge_erased(table, args)
     if not args.no_erasing:
         # where nothing could be erased, the photos are the same to the last bit, and so are the predictions
-        same = (table["plant erased"] == table["predicted"]) & (table["predicted"] > 0)  # 0 is the lowest of all
+        lowest = 0 if (table["measured"] >= 0).all() else -math.inf  # to which others are clamped too
+        same = (table["plant erased"] == table["predicted"]) & (table["predicted"] > lowest)
         metrics["photos_not_erased"] = int(same.sum())
         metrics["looks_at"] = verdict(metrics)
         logger.info(metrics["looks_at"])

@@ -11,6 +11,7 @@ Writes figures/target_distribution.png, sample_images.png, correlation_heatmap.p
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -331,7 +332,8 @@ def measure_baselines(sheet, target, group_by, seed):
         squares = ((guess - rows[target]) ** 2).groupby(groups).agg(["sum", "size"]).to_numpy()
         sums, sizes = (drawn @ squares).T
         mse, interval = squares[:, 0].sum() / len(rows), np.percentile(np.sqrt(sums / sizes), [2.5, 97.5])
-        logger.info(f"{name.replace('_', ' ')}: RMSE {mse**0.5:.4f} {unit_of(target)}, R2 {1 - mse / grams.var():.3f}")
+        rmse = f"RMSE {mse**0.5:.4f} {unit_of(target)}".rstrip()
+        logger.info(f"{name.replace('_', ' ')}: {rmse}, R2 {1 - mse / grams.var():.3f}")
         baselines[name] = {"rmse": mse**0.5, "rmse_ci95": interval.tolist(), "r2": 1 - mse / grams.var()}
     baselines["green_area_law"] |= fit_law(areas, grams)[0] | {"rows_without_green": (areas == 0).sum()}
     return baselines
@@ -339,7 +341,8 @@ def measure_baselines(sheet, target, group_by, seed):
 
 def unit_of(target):
     """Unit of the target: weights are in grams unless their name ends otherwise; of other columns it is not known."""
-    return "g" if "weight" in target.lower() and not target.lower().endswith(("_mg", "_kg")) else ""
+    other = re.search(r"(\b|_)([mku]g|ratio|percent)\W*$", target.lower())
+    return "g" if "weight" in target.lower() and not other else ""
 
 
 def target_distribution(figure, sheet, photos, args):
@@ -477,6 +480,7 @@ def stop(message):
 def main(argv=None):
     args = parse_arguments(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout, force=True)
+    logging.raiseExceptions = False  # a console that was closed, as by `| head`, is no reason for tracebacks
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "figure.titlesize": 10})
     warnings.simplefilter("ignore")  # of the libraries on odd data, which the audit names
     try:

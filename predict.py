@@ -56,6 +56,8 @@ def read_model(path):
                 scale.calibration, [1.0], min(0.5, scale.calibration["groups"], len(scale.calibration["grouped_by"]))
             )
         scale.suffix, scale.space_unit = (f"_{scale.unit}", f" {scale.unit}") if scale.unit else ("", "")
+    except (tm.UserError, OSError):
+        raise
     except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
         raise tm.UserError(f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})") from error
     return scale
@@ -71,12 +73,16 @@ def photos_of(args, scale):
     found = {}
     for path in map(Path, args.photos):
         inside = sorted(path.rglob("*") if args.recursive else path.iterdir()) if path.is_dir() else [path]
-        photos = [one for one in inside if one.is_file() and (one == path or one.suffix.lower() in tm.PHOTO_SUFFIXES)]
+        photos = [one for one in inside if one.is_file() and (one == path or is_photo(one.name))]
         if not photos:
             raise tm.UserError(f"no photo at {path} ({', '.join(tm.PHOTO_SUFFIXES)}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
     return pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*found], "fault": "", "measured": np.nan})
+
+
+def is_photo(name):
+    return name.lower().endswith(tm.PHOTO_SUFFIXES) and name[0] != "."  # as macOS's own beside each photo
 
 
 def rows_of_sheet(args, target, columns):
@@ -165,8 +171,9 @@ def write_table(table, scale, path):
 def log_summary(table, scale, coverage):
     good, unit = table[table["fault"] == ""], scale.space_unit
     mean, total = good["predicted"].agg(["mean", "sum"])
+    unlike = f"{good['unlike'].sum():,} {UNLIKE}, " if scale.familiar else ""
     logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, "
-                f"{good['unlike'].sum():,} {UNLIKE}, {len(table) - len(good):,} unreadable")  # fmt: skip
+                f"{unlike}{len(table) - len(good):,} unreadable")  # fmt: skip
     known = good.dropna(subset="measured")
     if len(known):
         errors = known["predicted"] - known["measured"]
@@ -327,7 +334,7 @@ def predict(argv, started):
                 explain(table, scale, args, accelerator)
     if args.export and accelerator.is_main_process:
         export(scale, args.export)
-    return int(unreadable)
+    return int(unreadable and accelerator.is_main_process)  # else torchrun ends it while it still writes
 
 
 def main(argv=None):

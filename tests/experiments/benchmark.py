@@ -155,7 +155,8 @@ def time_predict(args, labels, folder):
     flags = train_flags(args.data_dir, folder, *RECOMMENDED, "--epochs", "2", "--no_augmentation")
     run_script("train_model.py", *flags)
     photos, out = args.data_dir / "images_med_res", folder / "predictions.csv"
-    runs = [run_script("predict.py", photos, "--model", folder / "model.pt", "--out", out) for _ in range(args.repeats)]
+    flags = [photos, "--model", folder / "model.pt", "--out", out, "--device", "cpu"]
+    runs = [run_script("predict.py", *flags) for _ in range(args.repeats)]
     seconds, rows = statistics.median(seconds for seconds, _ in runs), len(pd.read_csv(out))
     return {"photos": rows, "seconds": round(seconds, 1), "photos_per_second": round(rows / seconds, 1)}
 
@@ -226,6 +227,8 @@ def main():
     )
     path = ROOT / "results" / "benchmark.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
+    if result.get("machine", {}).get("commit") != tm.git("rev-parse", "HEAD"):
+        result = {}  # all parts are of one commit
     result["machine"] = {
         "processor": processor_name(),
         "cores": os.cpu_count(),

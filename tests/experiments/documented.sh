@@ -3,6 +3,7 @@
 #   bash tests/experiments/documented.sh
 # Needs full_sample (python make_sample_data.py --num_images 4294 --out full_sample). Some two hours on two cores.
 set -euo pipefail
+pip install -q scikit-image  # its sample photos, for held_out.py
 full="--data_dir full_sample"
 lite0="--model_name tf_efficientnet_lite0"
 recommended="$lite0 --features stages --standardize_features --target_transform sqrt --lr_schedule cosine --epochs 40 --weight_decay 1"

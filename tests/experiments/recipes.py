@@ -42,8 +42,8 @@ def train(this, args, batches, rows):
     return model
 
 
-def predict(this, args, batches, model, split, fold=1, view=tm.PLAIN):
-    predictions = tm.evaluate(model, batches(split[1], view), this.accelerator)[1]
+def predict(this, args, batches, model, split, fold=1):
+    predictions = tm.evaluate(model, batches(split[1], tm.PLAIN), this.accelerator)[1]
     return tm.predicted_rows(this.labels, split, predictions, args, fold)
 
 
