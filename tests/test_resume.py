@@ -41,7 +41,7 @@ def run(name, data, out):
 def kill_and_resume(name, data, out, chance):
     """Kill a run at a random moment of its training, see that its files are whole, and let another end it."""
     script, flags = RUNS[name]
-    process, moment = start(script, data, out, *flags.split(), "--resume"), chance.uniform(0, 0.3)
+    process, moment = start(script, data, out, *flags.split(), "--resume"), chance.uniform(0, 0.2)
     for line in process.stdout:
         if "epoch " in line:
             break

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All runs that the README documents, in order; from the top folder, in the quick start's environment:
 #   bash tests/experiments/documented.sh
-# Needs full_sample (python make_sample_data.py --num_images 4294 --out full_sample). Some two hours on two cores.
+# Needs full_sample (python make_sample_data.py --num_images 4294 --out full_sample). Some three hours on two cores.
 set -euo pipefail
 pip install -q scikit-image  # its sample photos, for held_out.py
 full="--data_dir full_sample"
