@@ -58,7 +58,7 @@ def metrics(folder):
 def results_table():
     lines = [
         "| model | judged on | RMSE | 95 % CI | R2 | mean | floor |",
-        "| ----------- | ------- | ----- | ---------- | ---- | ----- | ----- |",  # pandoc takes widths from these
+        "| ----------- | ------- | ---- | ---------- | --- | --- | --- |",  # pandoc takes widths from these
     ]
     law = json.loads((RESULTS / "eda_summary.json").read_text())["baselines"]["green_area_law"]
     low, high = law["rmse_ci95"]
