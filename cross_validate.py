@@ -71,9 +71,8 @@ def judge_fold(this, split, args, batches, name):
     result = {"history": outcome["history"], "epoch": outcome["epoch"]}
     for view in (tm.PLAIN, *this.dataset.edits):
         result[view] = tm.evaluate(model, batches(split[1], view), this.accelerator)[1]
-    with this.accelerator.autocast():  # as predict.py computes them
-        familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
-        distances = unlikeness(familiar, tm.features_of(model, batches, split[1], this.accelerator))
+    familiar = describe_features(features_of(this, model, batches, learn))
+    distances = unlikeness(familiar, features_of(this, model, batches, split[1]))
     result["distances"] = torch.from_numpy(distances)
     if this.dataset.edits and name.startswith("fold 1/") and this.accelerator.is_main_process:
         by_weight = split[1][np.argsort(this.dataset.targets[split[1]].numpy(), kind="stable")]
@@ -115,6 +114,12 @@ def calibrate(table, labels, args):
     }
 
 
+def features_of(this, model, batches, rows):
+    """Features (len(rows), width) in the precision in which predict.py computes them."""
+    with this.accelerator.autocast():
+        return tm.features_of(model, batches, rows, this.accelerator)
+
+
 def describe_features(features):
     """The training photos' features (n, width) as a probabilistic PCA, in plain arrays for unlikeness."""
     from sklearn.decomposition import PCA
@@ -139,8 +144,7 @@ def train_on_all(this, args, batches, table, results):
     outcome = tm.fit(model, this.dataset, batches, (learn, watch), args, this.accelerator, this.progress, name)
     if "interrupted" in outcome:
         raise KeyboardInterrupt
-    with this.accelerator.autocast():
-        familiar = describe_features(tm.features_of(model, batches, learn, this.accelerator))
+    familiar = describe_features(features_of(this, model, batches, learn))
     held_out = np.concatenate([result["distances"].numpy() for result in results])
     familiar["limit"] = float(np.quantile(held_out, FAMILIAR_SHARE))
     if this.accelerator.is_main_process:

@@ -1533,10 +1533,9 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
 
 def complete_arguments(args, started):
     """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
-    if args.labels_path and not args.image_dir and not args.data_dir.is_dir():
-        raise UserError(f"no data folder at {args.data_dir}: pass --image_dir with the photos' folder too")
     if not args.data_dir.is_dir() and not (args.labels_path and args.image_dir):
         way_on = "pass yours by --data_dir, or draw one: `python make_sample_data.py`, then --data_dir sample_data"
+        way_on = "pass --image_dir with the photos' folder too" if args.labels_path else way_on
         raise UserError(f"no data folder at {args.data_dir}: {way_on}")
     args.labels_path = args.labels_path or args.data_dir / "digital_biomass_labels.xlsx"
     args.image_dir = args.image_dir or args.data_dir / "images_med_res"
