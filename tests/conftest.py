@@ -1,7 +1,6 @@
 """A small drawn data set that the tests share, and ways to run the scripts as a user does."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import torchvision
 
 import make_sample_data
 import train_model
+from biomass import features, reading, writing
 
 pd.set_option("io.excel.xlsx.reader", "calamine")  # what the scripts read with; silences pandas' change of default
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,14 +62,10 @@ def flags_of(data, out, *flags):
 @contextlib.contextmanager
 def quick(pictures=False):
     """Leave out what takes seconds: the compilation for OpenVINO, which two tests look at, and pictures."""
-
-    def torch_engine(backbone, device, precision):
-        return functools.partial(train_model.run_torch, backbone, device, precision), "torch for tests"
-
     with contextlib.ExitStack() as patched:
-        patched.enter_context(mock.patch.object(train_model, "make_engine", torch_engine))
+        patched.enter_context(mock.patch.object(features, "has_openvino", lambda: False))
         for name in ("plot_curves", "plot_predictions", "plot_worst") if not pictures else ():
-            patched.enter_context(mock.patch.object(train_model, name, lambda *arguments: None))
+            patched.enter_context(mock.patch.object(writing, name, lambda *arguments: None))
         yield
 
 
@@ -81,7 +77,7 @@ def train(data, out, *flags, script=train_model, pictures=False):
 
 
 def prepared(data, out, *flags):
-    """The arguments, and what a run has before it trains: labels, dataset, backbone and accelerator."""
+    """The arguments, and what a run has before it trains: labels, dataset, backbone, batches and accelerator."""
     argv = flags_of(data, out, *flags)
     args = train_model.build_parser().parse_args(argv)
     with contextlib.ExitStack() as started:
@@ -90,7 +86,7 @@ def prepared(data, out, *flags):
 
 def labels_of(sheet, *flags):
     """The rows that train_model.py takes from a sheet."""
-    return train_model.load_labels(train_model.build_parser().parse_args(["--labels_path", *map(str, [sheet, *flags])]))
+    return reading.load_labels(train_model.build_parser().parse_args(["--labels_path", *map(str, [sheet, *flags])]))
 
 
 def tensors_of(out):

@@ -64,24 +64,24 @@ def test_the_last_epoch_counts_and_fold_0_learns_from_all_rows(judged):
 
 def test_it_is_the_plain_loop_over_scikit_learns_folds(judged, drawn, tmp_path):
     flags = ["--group_by", "experiment_id", "plant_number"]
-    args, this = prepared(drawn, tmp_path / "plain", *flags)
+    _, this = prepared(drawn, tmp_path / "plain", *flags)
     found = pd.read_csv(judged[0] / "predictions.csv").set_index("filename")["predicted_g"]
     folds = GroupKFold(n_splits=3, shuffle=True, random_state=42)
     with quick():
         for train_rows, val_rows in folds.split(this.labels, groups=this.labels["_plant"]):
-            wanted = tm.versions_wanted(train_rows, val_rows, args)
-            batches = tm.make_batches(this.dataset, this.backbone, wanted, args, this.accelerator)
-            model = tm.new_model(this.labels, this.dataset, this.backbone, batches, train_rows, args, this.accelerator)
-            optimizer = torch.optim.AdamW([*model.head.parameters(), *model.last.parameters()], 1e-3, weight_decay=0.01)
+            batches = this.batches
+            batches.collect(train_rows, val_rows)
+            model = tm.new_model(batches, this.backbone, train_rows)
+            optimizer = torch.optim.AdamW(model.head.parameters(), 1e-3, weight_decay=0.01)
             torch.manual_seed(42)
             for epoch in (1, 2):
-                rows = np.random.default_rng([42, epoch]).permutation(train_rows)
                 model.train()
-                for inputs, none, targets in batches(rows, epoch - 1):
+                for inputs, none, targets in batches.train(train_rows, epoch):
                     optimizer.zero_grad()
-                    torch.nn.functional.mse_loss(model(inputs, none), model.to_loss_unit(targets)).backward()
+                    outputs = model(inputs, none)[:, 0]
+                    torch.nn.functional.mse_loss(outputs, model.to_loss_unit(targets)).backward()
                     optimizer.step()
-            predicted = tm.evaluate(model, batches(val_rows, tm.PLAIN), this.accelerator)[1]
+            predicted, _ = tm.evaluate(model, batches.judge(val_rows), batches)
             names = this.labels["filename"].iloc[val_rows]
             assert found.loc[names].tolist() == pytest.approx(predicted.tolist(), abs=1e-5)
 
@@ -102,14 +102,17 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
 
 
 def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_aside(drawn, tmp_path):
-    flags = ["--folds", 2, "--patience", 1, "--epochs", 8, "--lr_schedule", "cosine", "--target_transform", "log"]
+    flags = ["--folds", 3, "--patience", 1, "--epochs", 8, "--lr_schedule", "cosine", "--target_transform", "log"]
     flags += ["--metadata_columns", "age_days", "--standardize_features", "--loss", "huber"]
     metrics = train(drawn, tmp_path / "out", *flags, script=cross_validate)
     assert metrics["epoch_chosen_on"] == "training plants kept aside"
     history = pd.read_csv(tmp_path / "out" / "history.csv")
-    assert metrics["epoch"] == history[history["fold"] == 0].set_index("epoch")["val_loss"].idxmin()
-    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
-    assert len(table) == metrics["val_rows"] == pd.read_excel(drawn / SHEET)[TARGET].count()
+    best = [history[history["fold"] == fold].set_index("epoch")["val_loss"].idxmin() for fold in (1, 2, 3)]
+    assert metrics["epoch"] == np.median(best) == history.loc[history["fold"] == 0, "epoch"].max()
+    sheet = pd.read_excel(drawn / SHEET).dropna(subset=TARGET)
+    trained_on = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["trained_on"]
+    assert trained_on == {"rows": len(sheet), "plants": sheet["plant_number"].nunique()}
+    assert metrics["val_rows"] == len(pd.read_csv(tmp_path / "out" / "predictions.csv")) == len(sheet)
     for row in metrics["folds"]["each"]:  # what it was chosen on is not what is reported
         assert (history.loc[history["fold"] == row["fold"], "val_loss"] - row["val_mse"]).abs().min() > 1e-6
 

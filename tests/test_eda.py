@@ -1,16 +1,17 @@
 """eda.py: its numbers against plain recomputations, every drawn fault by name, every mistake in one line."""
 
-import argparse
 import json
 import os
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.model_selection import GroupKFold
 
 import eda
+from biomass import plant, reading, writing
 
 FIGURES = ["target_distribution.png", "sample_images.png", "correlation_heatmap.png"]
 FIGURES += ["age_vs_biomass.png", "image_pixel_analysis.png", "green_area_vs_biomass.png"]
@@ -22,6 +23,13 @@ def explore(out, *arguments):
     assert eda.main([*map(str, [*arguments, *places])]) == 0
     text = (out / "results" / "eda_summary.json").read_text()
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def status_of(arguments):
+    try:
+        return eda.main([*map(str, arguments)])
+    except SystemExit as stop:  # of the parser
+        return stop.code
 
 
 def read_sheet(folder):
@@ -93,16 +101,18 @@ def test_figures_are_whole_pictures(explored):
 
 
 def test_figures_show_the_numbers_of_the_data(drawn):
-    labels, images, target = drawn / "digital_biomass_labels.xlsx", drawn / "images_med_res", "fresh_weight_total"
-    sheet, _, _ = eda.load_labels(labels, images, target, ["plant_number"])
+    images, target = drawn / "images_med_res", "fresh_weight_total"
+    args = eda.build_parser().parse_args(["--data_dir", str(drawn)])
+    reading.complete_data_flags(args)
+    args.label = "weight (g)"
+    sheet, *_ = eda.load_sheet(args)
     photos = eda.scan_photos(sheet["filename"], images)
     for name in sheet["filename"][:3]:
         pixels = np.asarray(Image.open(images / name), dtype=float)
         assert list(photos.loc[name, eda.CHANNELS]) == pytest.approx(list(pixels.mean(axis=(0, 1)) / 255))
-    args = argparse.Namespace(target=target, label="weight (g)", seed=42, image_dir=images)
 
     def draw(plot):
-        figure = eda.matplotlib.figure.Figure()
+        figure = Figure()
         plot(figure, sheet, photos, args)
         return figure.axes
 
@@ -124,7 +134,7 @@ def test_figures_show_the_numbers_of_the_data(drawn):
 def test_drawn_data_are_called_so(drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eda, "FIGURES", (eda.image_pixel_analysis,))
     data = write_data(tmp_path / "data", read_sheet(drawn))
-    (data / eda.DRAWN_MARK).touch()
+    (data / reading.DRAWN_MARK).touch()
     assert explore(tmp_path, "--data_dir", data)["drawn_data"] is True
     assert "drawn data, not measured" in capsys.readouterr().out
     with Image.open(tmp_path / "figures" / "image_pixel_analysis.png") as file:
@@ -185,11 +195,11 @@ def test_faults_that_are_not_drawn_are_found_too(drawn, tmp_path, no_figures):
 def test_green_area_counts_leaf_and_its_law_bears_photos_without():
     photo = Image.new("RGB", (100, 100), (120, 100, 90))
     photo.paste((90, 140, 50), (0, 0, 50, 50))
-    assert eda.green_area(photo) == pytest.approx(0.25, abs=0.01)
+    assert plant.green_area(photo) == pytest.approx(0.25, abs=0.01)
     warm = Image.fromarray((np.asarray(photo) * [1.45, 1.12, 0.6]).clip(0, 255).astype(np.uint8))
-    assert eda.green_area(warm) == pytest.approx(0.25, abs=0.01)
+    assert plant.green_area(warm) == pytest.approx(0.25, abs=0.01)
     areas = np.array([0.0, 0.01, 0.02, 0.05, 0.2])
-    law, weight_of = eda.fit_law(areas, 8 * areas**1.2 + (areas == 0))
+    law, weight_of = plant.fit_law(areas, 8 * areas**1.2 + (areas == 0))
     assert (law["a"], law["b"], law["smearing_factor"]) == pytest.approx((8, 1.2, 1))
     assert weight_of(areas) == pytest.approx(8 * np.maximum(areas, 0.01) ** 1.2)
 
@@ -198,7 +208,7 @@ def test_green_area_counts_leaf_and_its_law_bears_photos_without():
 def test_baselines_equal_a_plain_recomputation(drawn, tmp_path, group_by, no_figures):
     baselines = explore(tmp_path, "--data_dir", drawn, "--group_by", *group_by, "--seed", 7)["baselines"]
     sheet = read_sheet(drawn).dropna(subset="fresh_weight_total")
-    areas = np.array([eda.green_area(Image.open(drawn / "images_med_res" / name)) for name in sheet["filename"]])
+    areas = np.array([plant.green_area(Image.open(drawn / "images_med_res" / name)) for name in sheet["filename"]])
     grams = sheet["fresh_weight_total"].to_numpy()
     labels = [tuple(row) for row in sheet[group_by].to_numpy()]
     groups = np.array([sorted(set(labels)).index(label) for label in labels])
@@ -249,7 +259,7 @@ def test_a_mistake_stops_in_one_line_and_writes_nothing(drawn, tmp_path, capsys,
     sheet.rename(columns={"fresh_weight_total": "fresh_weight_totl"}).to_excel(tmp_path / "typo.xlsx", index=False)
     torn.write_bytes(labels.read_bytes()[:4000])
     for arguments, words in (
-        (["--data_dir", "nowhere"], ["nowhere", "--labels_path"]),
+        (["--data_dir", "nowhere"], ["nowhere", "--data_dir", "make_sample_data.py"]),
         ([*data, "--image_dir", "none"], ["none", "--image_dir"]),
         ([*data, "--labels_path", tmp_path / "typo.xlsx"], ["'fresh_weight_total'", "'fresh_weight_totl'"]),
         ([*data, "--group_by", "plant_no"], ["'plant_no'", "'plant_number'"]),
@@ -258,13 +268,12 @@ def test_a_mistake_stops_in_one_line_and_writes_nothing(drawn, tmp_path, capsys,
         ([*data, "--summary_path", tmp_path], ["cannot write", "it is a folder"]),
         ([*data, "--seed", "-1"], ["--seed"]),
         ([*data, "--target", "filename"], ["no row", "--target"]),
-        ([*data, "--summary_path", labels], ["cannot write", "label sheet"]),
+        ([*data, "--summary_path", labels], ["cannot write", "it is an input"]),
         ([*data, "--figures_dir", drawn / "images_med_res"], ["among the photos"]),
     ):
-        with pytest.raises(SystemExit) as stop:
-            eda.main([*map(str, arguments)])
+        assert status_of(arguments) == 2
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("eda.py: error: "), error
+        assert error.count("\n") == 1 and error.startswith("eda.py: error: "), error
         assert all(word in error for word in words), error
         assert not [path for path in cwd.rglob("*") if path.is_file()], arguments
 
@@ -277,11 +286,10 @@ def test_a_full_disk_leaves_each_file_whole(drawn, tmp_path, capsys, monkeypatch
     def fill_up(source, target):
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(eda.os, "replace", fill_up)
-    with pytest.raises(SystemExit) as stop:
-        eda.main([*map(str, ["--data_dir", drawn, "--figures_dir", tmp_path, "--summary_path", tmp_path / "s.json"])])
+    monkeypatch.setattr(writing.os, "replace", fill_up)
+    assert status_of(["--data_dir", drawn, "--figures_dir", tmp_path, "--summary_path", tmp_path / "s.json"]) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "No space left" in error and str(picture) in error
+    assert error.count("\n") == 1 and "No space left" in error and str(picture) in error
     assert picture.read_bytes() == b"old" and [*tmp_path.iterdir()] == [picture]
 
 

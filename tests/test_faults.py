@@ -33,6 +33,7 @@ import eda  # noqa: E402
 import make_sample_data  # noqa: E402
 import predict  # noqa: E402
 import train_model as tm  # noqa: E402
+from biomass import reading, writing  # noqa: E402
 
 SCRIPTS = {"train_model.py": tm, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
 SCRIPTS["make_sample_data.py"] = make_sample_data
@@ -119,17 +120,17 @@ def kept_rows(fault, data):
     args = tm.build_parser().parse_args(flags_of(data.folder, data.out, *data.flags))
 
     def read(argv):
-        tm.start_log()
+        writing.start_log()
         with contextlib.ExitStack() as started:
             tm.complete_arguments(args, started)
-            data.labels = tm.filter_missing_images(tm.load_labels(args), args)
+            data.labels = reading.filter_missing_images(reading.load_labels(args), args, {})
 
     said = called(read, [])[1].splitlines()
     clean = Data(data.out).rows.drop(index=list(fault.left_out), errors="ignore")
     assert data.labels[TARGET].tolist() == pytest.approx(clean[TARGET].tolist(), rel=1e-6) or "as if in mg" in said[0]
     if ROW not in fault.left_out:
         row = data.labels.index[data.labels["_path"].map(os.path.basename).str.lower() == data.photo.name.lower()][0]
-        photo = np.asarray(tm.open_photo(data.labels["_path"][row])).astype(int)
+        photo = np.asarray(reading.open_photo(data.labels["_path"][row])).astype(int)
         assert photo.shape == data.seen.shape and np.abs(photo - data.seen).mean() < 16, fault.name
     assert bool(said) == bool(fault.message) and all(re.search(fault.message, line) for line in said), said
     return said[0] if said else ""
@@ -140,7 +141,7 @@ def model_of(data):
     path = data.outside / "small.pt"
     args = tm.build_parser().parse_args(["--model_out", str(path), "--precision", "fp32"])
     model = tm.BiomassModel(tm.Backbone("shufflenet_v2_x0_5", 32))
-    model.plan = []
+    model.plan, model.trained_on = [], {}
     tm.save_checkpoint(model, args, epoch=1)
     return path
 
@@ -231,7 +232,7 @@ def replaced(make):
 
 def sparse(path):
     with path.open("wb") as file:
-        file.truncate(tm.MOST_BYTES + 1)
+        file.truncate(reading.MOST_BYTES + 1)
 
 
 def sheet(write, name=SHEET):

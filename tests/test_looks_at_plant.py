@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 import cross_validate
-import eda
 import make_sample_data
+from biomass import plant
 
 PHOTOS = 110
 
@@ -23,8 +23,8 @@ def plant_truth(folder, kind):
     told = random.permutation(weights) if kind == "background" else weights
     bright = 0.5 + 0.9 * told.argsort().argsort() / PHOTOS
     names = [f"{index}.png" for index in range(PHOTOS)]
-    for index, plant in enumerate(plants.to_dict("records")):
-        photo = make_sample_data.draw_photo(plant, 3, index)
+    for index, grown in enumerate(plants.to_dict("records")):
+        photo = make_sample_data.draw_photo(grown, 3, index)
         photo = ImageEnhance.Brightness(photo).enhance(bright[index]) if kind == "background" else photo
         photo.save(folder / "images_med_res" / names[index])
     sheet = {"filename": names, "plant_number": np.arange(PHOTOS) // 4, "experiment_id": np.arange(PHOTOS) % 2}
@@ -63,15 +63,15 @@ def test_erasing_takes_the_plant_and_nothing_else():
     plants = make_sample_data.grow(40, 5).sort_values("expected")
     for index in (0, 20, 38):
         photo = make_sample_data.draw_photo(plants.iloc[index].to_dict(), 5, index)
-        erased = cross_validate.erase_plant(photo)
-        hole = cross_validate.plant_mask(photo, cross_validate.WIDEN)
-        assert cross_validate.plant_mask(photo, 0).mean() == pytest.approx(eda.green_area(photo), abs=1e-6)
-        assert eda.green_area(erased) < 0.1 * eda.green_area(photo) + 0.002
+        erased = plant.erase_plant(photo)
+        hole = plant.plant_mask(photo, plant.WIDEN)
+        assert plant.plant_mask(photo, 0).mean() == pytest.approx(plant.green_area(photo), abs=1e-6)
+        assert plant.green_area(erased) < 0.1 * plant.green_area(photo) + 0.002
         far = ~np.asarray(Image.fromarray(hole).convert("L").resize(photo.size), bool)
-        beside = ~cross_validate.plant_mask(photo, cross_validate.WIDEN + 6)
+        beside = ~plant.plant_mask(photo, plant.WIDEN + 6)
         assert np.array_equal(np.asarray(photo)[beside & far], np.asarray(erased)[beside & far])
-        alone = np.asarray(cross_validate.erase_background(photo))
-        assert (alone[beside] == cross_validate.GREY).all()
+        alone = np.asarray(plant.erase_background(photo))
+        assert (alone[beside] == plant.GREY).all()
     grey = Image.new("RGB", (64, 64), (90, 80, 70))
-    assert np.array_equal(np.asarray(cross_validate.erase_plant(grey)), np.asarray(grey))
-    assert np.array_equal(np.asarray(cross_validate.erase_background(grey)), np.asarray(grey))
+    assert np.array_equal(np.asarray(plant.erase_plant(grey)), np.asarray(grey))
+    assert np.array_equal(np.asarray(plant.erase_background(grey)), np.asarray(grey))

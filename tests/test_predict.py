@@ -13,6 +13,7 @@ from PIL import Image
 import cross_validate
 import predict
 import train_model
+from biomass import reading, writing
 
 PHOTOS = "images_med_res"
 
@@ -68,9 +69,9 @@ def test_the_engine_gives_what_training_and_plain_pytorch_give(drawn, tmp_path):
     assert train_model.main(flags_of(drawn, tmp_path / "out", "--no_augmentation", "--epochs", 1)) == 0
     table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, engine=nullcontext)[1]
     assert_same(table, tmp_path / "out")
-    model = predict.read_model(tmp_path / "out" / "model.pt").model
+    model = train_model.read_checkpoint(tmp_path / "out" / "model.pt").model
     with torch.no_grad():
-        plain = model.to_grams(model(pixels_of(drawn, table.index), None)).numpy()
+        plain = model.predict(pixels_of(drawn, table.index)[:, None], torch.zeros(60, 0)).numpy()
     assert table["predicted_g"].to_numpy() == pytest.approx(plain, abs=1e-4)
 
 
@@ -109,9 +110,9 @@ def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path
 def test_photos_unlike_the_training_photos_are_marked(drawn, judged, clean, tmp_path):
     checkpoint = torch.load(judged, weights_only=True)
     with torch.no_grad():
-        features = predict.read_model(judged).model.backbone(pixels_of(drawn, clean.index)).numpy()
+        features = train_model.read_checkpoint(judged).model.backbone(pixels_of(drawn, clean.index)).numpy()
     familiar = {name: value.numpy() for name, value in checkpoint["familiar"].items()}
-    distances = cross_validate.unlikeness(familiar, features)
+    distances = writing.unlikeness(familiar, features)
     familiar["limit"].fill(np.quantile(distances, 0.71))  # it shares the checkpoint's memory
     torch.save(checkpoint, tmp_path / "strict.pt")
     table = weigh(tmp_path / "strict.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
@@ -126,7 +127,7 @@ def test_a_sheet_gives_measured_weights_and_decimal_commas(drawn, judged, clean,
     rows.to_csv(tmp_path / "new.csv", sep=";", decimal=",", index=False)
     flags = ["--labels_path", tmp_path / "new.csv", "--image_dir", drawn / PHOTOS, "--sheet", tmp_path / "sheet.png"]
     drawings = []
-    monkeypatch.setattr(train_model, "save_figure", lambda figure, *_, **__: drawings.append(figure))
+    monkeypatch.setattr(writing, "save_figure", lambda figure, *_, **__: drawings.append(figure))
     status, table = weigh(judged, tmp_path / "p.csv", *flags)
     assert status == 1 and table.loc["gone.png", "note"] == "no such file" and len(table) == 21
     predicted = table["predicted_g"].dropna().to_numpy()
@@ -192,7 +193,7 @@ def test_export_gives_the_same_grams(drawn, with_metadata, tmp_path, recwarn):
     assert not recwarn.list
     table = weigh(with_metadata, tmp_path / "p.csv", "--labels_path", drawn / SHEET)[1].head(5)
     rows = pd.read_excel(drawn / SHEET).set_index("filename").loc[table.index]
-    metadata = train_model.encode_metadata(rows, torch.load(with_metadata, weights_only=True)["metadata"]).numpy()
+    metadata = reading.encode_metadata(rows, torch.load(with_metadata, weights_only=True)["metadata"])
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     for side, tolerance in ((64, 1e-4), (256, 0.02)):  # where it resizes it does so in floats
         photos = pixels_of(drawn, table.index, side).numpy()

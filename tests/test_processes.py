@@ -50,7 +50,7 @@ def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(dra
         os.kill(int(children.read().split()[1]), signal.SIGKILL)
     launcher.communicate(timeout=100)
     assert launcher.returncode and not (out / "metrics.txt").exists()
-    state = torch.load(out / "model.pt.progress", weights_only=True)["state"][""]
+    state = torch.load(out / "model.pt.progress", weights_only=True)["states"][""]
     kept, steps = state["done"]["history"], -(-one["train_rows"] // 10)  # batches of 10 for both processes together
     assert len(kept) >= 2 and state["optimizer"]["state"][0]["step"] == len(kept) * steps
     printed = finish(torchrun(tmp_path, *flags_of(drawn, out, *flags)))

@@ -28,8 +28,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import cross_validate
-import eda
 import train_model as tm
+from biomass import features, reading, writing
 
 MEAN, STD = (torch.tensor(value).view(1, 3, 1, 1) for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -43,9 +43,10 @@ class Stub(torch.nn.Module):
 
 
 @pytest.fixture
-def accelerator():
+def batches():
+    """What the loop asks for, around batches that a test gives it."""
     AcceleratorState._reset_state()
-    return Accelerator(cpu=True)
+    return tm.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
 
 
 @pytest.fixture
@@ -72,9 +73,12 @@ def computed(capsys):
 # ---------------------------------------------------------------- the run as a whole
 
 
-def test_the_script_alone_in_a_folder_runs_the_study_and_writes_all_outputs(drawn, tmp_path, run_script):
+def test_the_script_with_its_folder_runs_the_study_and_writes_all_outputs(drawn, tmp_path, run_script):
     shutil.copytree(drawn, tmp_path / "infos" / "mlops_biomass_data")
     shutil.copy(ROOT / "train_model.py", tmp_path)
+    alone = run_script(tmp_path / "train_model.py", cwd=tmp_path)
+    assert alone.returncode == 1 and alone.stderr.count("\n") == 1 and "needs the folder biomass/" in alone.stderr
+    shutil.copytree(ROOT / "biomass", tmp_path / "biomass")
     study = "--epochs 2 --batch_size 16 --learning_rate 5e-4 --model_out models/resnet18_biomass.pt --freeze_backbone"
     flags = [*study.split(), "--weights", "none", "--image_size", 64]
     done = run_script(tmp_path / "train_model.py", *flags, cwd=tmp_path)
@@ -229,18 +233,18 @@ def test_a_frozen_backbone_is_bit_identical_after_training_and_the_rest_has_lear
         assert trained.keys() > fresh.keys()
         for name, tensor in fresh.items():
             assert torch.equal(trained[name], tensor) == bool(re.match(still, name)), name
-        assert trained["last.bias"] != 0
+        assert trained["head.last.bias"] != 0
 
 
 def test_a_frozen_part_keeps_its_batchnorm_still_in_train_mode():
     for learn_from, moved in ((None, []), ("layer4", ["layer4"])):
         model = tm.BiomassModel(tm.Backbone("resnet18", 64), learn_from).train()
         before = {name: tensor.clone() for name, tensor in model.backbone.net.state_dict().items()}
-        model(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.zeros(4, 0)).sum().backward()
+        model(torch.randint(0, 256, (4, 1, 3, 64, 64), dtype=torch.uint8), torch.zeros(4, 0)).sum().backward()
         changed = {name for name, tensor in model.backbone.net.state_dict().items() if (before[name] != tensor).any()}
         assert sorted({name.partition(".")[0] for name in changed}) == moved
         learned = {name.split(".")[:3][-1] for name, p in model.named_parameters() if p.grad is not None}
-        assert learned == {"weight", "bias", *moved}
+        assert learned == {"1", "weight", "bias", *moved}
 
 
 def test_weights_come_from_the_cache_of_torch_or_a_file_of_either_kind(drawn, tmp_path, monkeypatch, capsys):
@@ -287,13 +291,13 @@ def test_lite0_brings_its_weights_and_gives_the_features_of_the_original_network
     rows = torch.arange(224)
     picture = torch.stack([rows[:, None].expand(224, 224), rows[None].expand(224, 224), rows[:, None] * rows[None]])
     backbone = tm.Backbone("tf_efficientnet_lite0")
-    tm.load_weights(backbone, "imagenet")
+    features.load_weights(backbone, "imagenet")
     with torch.inference_mode():
-        features = backbone.eval()((picture % 256).to(torch.uint8)[None])[0]
-    assert features.shape == (1280,)
+        found = backbone.eval()((picture % 256).to(torch.uint8)[None])[0]
+    assert found.shape == (1280,)
     wanted = {0: 0.07765, 2: 0.98368, 56: 1.1131, 79: 2.11056, 91: 1.86938, 113: 4.28714, 480: 2.27645, 800: 0.13172}
-    assert features[list(wanted)].tolist() == pytest.approx(list(wanted.values()), abs=1e-4)
-    assert features.sum().item() == pytest.approx(232.6038, abs=0.01) and (features > 0).sum() == 500
+    assert found[list(wanted)].tolist() == pytest.approx(list(wanted.values()), abs=1e-4)
+    assert found.sum().item() == pytest.approx(232.6038, abs=0.01) and (found > 0).sum() == 500
 
 
 def test_stages_are_the_averages_that_plain_hooks_give():
@@ -359,8 +363,13 @@ def test_the_engine_sends_nothing_and_gives_what_plain_pytorch_gives_on_the_pixe
     start = "backbone.net."
     net.load_state_dict({name[len(start) :]: tensor for name, tensor in state.items() if name.startswith(start)})
     head = torch.nn.Sequential(torch.nn.Linear(1024, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
-    names = {"0.weight": "head.1.weight", "0.bias": "head.1.bias", "2.weight": "last.weight", "2.bias": "last.bias"}
-    head.load_state_dict({name: state[saved] for name, saved in names.items()})
+    names = {
+        "0.weight": "features.1.weight",
+        "0.bias": "features.1.bias",
+        "2.weight": "last.weight",
+        "2.bias": "last.bias",
+    }
+    head.load_state_dict({name: state[f"head.{saved}"] for name, saved in names.items()})
     for name, predicted in table["predicted_g"].items():
         photo = Image.open(drawn / "images_med_res" / name).convert("RGB").resize((64, 64), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 255
@@ -372,23 +381,24 @@ def test_the_engine_sends_nothing_and_gives_what_plain_pytorch_gives_on_the_pixe
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
 def test_a_short_batch_and_an_extraction_in_two_parts_give_the_same_features(engine, drawn, tmp_path, monkeypatch):
     if engine == "torch":
-        monkeypatch.setattr(tm.importlib.util, "find_spec", lambda name: None)
-    rows, wanted = np.arange(37), {tm.PLAIN: np.arange(37), 0: np.arange(37)}
-    args, this = prepared(drawn, tmp_path / "out")
-    whole = tm.collect_features(this.dataset, this.backbone, wanted, args, this.accelerator)
-    args.cache_dir = tmp_path
-    tm.collect_features(this.dataset, this.backbone, {tm.PLAIN: rows[5:12], 0: rows[9:10]}, args, this.accelerator)
-    parts = tm.collect_features(this.dataset, this.backbone, wanted, args, this.accelerator)
-    for view in wanted:
-        assert torch.equal(whole[view](rows), parts[view](rows))
-        photos = torch.stack([this.dataset[row, view][0] for row in range(37)])
+        monkeypatch.setattr(features, "has_openvino", lambda: False)
+    rows, wanted = np.arange(37), {(None, 0): np.arange(37), (None, 1): np.arange(37)}
+    _, this = prepared(drawn, tmp_path / "out")
+    collect = this.batches.reader
+    whole = collect(wanted)
+    this.batches.store = features.Store(tmp_path)
+    collect({(None, 0): rows[5:12], (None, 1): rows[9:10]})
+    parts = collect(wanted)
+    for version in (0, 1):
+        assert torch.equal(whole(rows, (version,)), parts(rows, (version,)))
+        photos = torch.cat([this.dataset[row, (version,), None][0] for row in range(37)])
         with torch.inference_mode():
             plain = this.backbone.net((photos / 255 - MEAN) / STD)
-        torch.testing.assert_close(whole[view](rows), plain, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(whole[0](rows), whole[tm.PLAIN](rows))
-    monkeypatch.setattr(tm, "MOST_HELD", 0)  # read from the file, batch by batch
-    read = tm.collect_features(this.dataset, this.backbone, wanted, args, this.accelerator)
-    assert torch.equal(read[0](rows[::-1].copy()), whole[0](rows[::-1].copy()))
+        torch.testing.assert_close(whole(rows, (version,))[:, 0], plain, rtol=1e-3, atol=1e-4)
+    both = whole(rows, (0, 1))
+    assert torch.equal(both[:, :1], whole(rows, (0,))) and not torch.equal(both[:, 0], both[:, 1])
+    monkeypatch.setattr(features, "MOST_HELD", 0)  # read from the file, batch by batch
+    assert torch.equal(collect(wanted)(rows[::-1].copy(), (0, 1)), both.flip(0))
 
 
 def test_what_matters_is_computed_anew_and_nothing_else(drawn, copied, tmp_path, capsys, monkeypatch):
@@ -403,15 +413,33 @@ def test_what_matters_is_computed_anew_and_nothing_else(drawn, copied, tmp_path,
     }.items():  # fmt: skip
         train(copied, tmp_path / "out", *flags.split())
         assert computed(capsys) == number, flags
-    monkeypatch.setattr(tm.BiomassDataset, "augment", lambda dataset, photo, random: ImageOps.mirror(photo))
+    monkeypatch.setattr(tm.StudyAugmentation, "DEGREES", 11)
     train(copied, tmp_path / "out", "--epochs", 1)
     assert computed(capsys) == trained  # what validation sees is as it was
-    real = tm.BiomassDataset.transform
-    monkeypatch.setattr(
-        tm.BiomassDataset, "transform", lambda dataset, photo, *rest: real(dataset, ImageOps.invert(photo), *rest)
-    )
+    monkeypatch.setattr(reading, "BACKGROUND", "black")  # which no photo here shows
     train(copied, tmp_path / "out", "--epochs", 1)
     assert computed(capsys) == all_rows
+
+
+def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_not(drawn, tmp_path, run_script):
+    for name in ("train_model.py", "biomass"):
+        (shutil.copytree if name == "biomass" else shutil.copy)(ROOT / name, tmp_path / name)
+    script = tmp_path / "train_model.py"
+    counts, helper = [], "def rarely(photo):\n    return photo\n\n\nclass StudyAugmentation("
+    once = "        if random.random() < 1e-9:\n            photo = rarely(photo)\n"
+    once += "        return photo\n\n    def describe"
+    for old, new in (
+        ("", ""), ("HEAD_WIDTH, METADATA_WIDTH = 0.3, 256", "HEAD_WIDTH, METADATA_WIDTH = 0.3, 128"),
+        ("class StudyAugmentation(", helper), ("        return photo\n\n    def describe", once),
+        ("    return photo\n\n\nclass", "    return photo.convert('L').convert('RGB')\n\n\nclass"),
+    ):  # fmt: skip
+        assert old in script.read_text()
+        script.write_text(script.read_text().replace(old, new, 1))
+        done = run_script(script, *flags_of(drawn, tmp_path / "out", "--epochs", 1), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        counts.append(int(re.search(r"found, (\d+) to compute", done.stdout)[1]))
+    metrics = pd.read_json(tmp_path / "out" / "metrics.txt", typ="series")
+    assert counts == [metrics["train_rows"] + metrics["val_rows"], 0, 0, metrics["train_rows"], metrics["train_rows"]]
 
 
 def test_a_changed_photo_is_noticed_and_the_others_are_not_read_again(copied, tmp_path, capsys, monkeypatch):
@@ -423,7 +451,7 @@ def test_a_changed_photo_is_noticed_and_the_others_are_not_read_again(copied, tm
     monkeypatch.setattr(time, "time_ns", lambda: now() + 10**10)  # files are no longer fresh
     train(copied, tmp_path / "out", "--epochs", 1)
     with monkeypatch.context() as patched:
-        patched.setattr(tm, "read_photo", lambda path: pytest.fail(f"{path} was read"))
+        patched.setattr(Image, "open", lambda *arguments, **more: pytest.fail("a photo was opened"))
         train(copied, tmp_path / "out", "--epochs", 1)
     before, old, size = predictions_of(tmp_path / "out"), path.stat().st_mtime_ns, path.stat().st_size
     with Image.open(path) as photo:
@@ -458,28 +486,30 @@ def test_copies_are_computed_once_and_none_of_a_validated_photo_is_trained_on(co
 # ---------------------------------------------------------------- head, loss and target
 
 
-def test_losses_are_means_over_rows_not_over_batches(accelerator):
+def test_losses_are_means_over_rows_not_over_batches(batches):
     model = tm.BiomassModel(Stub(3), metadata_width=1)
-    for parameter in model.last.parameters():
+    for parameter in model.head.last.parameters():
         torch.nn.init.zeros_(parameter)
     targets = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0])
-    batches = list(zip(*(part.split(4) for part in (torch.rand(5, 3), torch.rand(5, 1), targets)), strict=True))
-    assert tm.evaluate(model, batches, accelerator)[0] == pytest.approx(13 / 5)
+    parts = (part.split(4) for part in (torch.rand(5, 1, 3), torch.rand(5, 1), targets))
+    loader = list(zip(*parts, strict=True))
+    predicted, measured = tm.evaluate(model, loader, batches)
+    assert (predicted - measured).square().mean() == pytest.approx(13 / 5)
     still, loss = torch.optim.SGD(model.parameters(), lr=0.0), torch.nn.L1Loss()
-    assert tm.train_one_epoch(model, batches, still, loss, accelerator) == pytest.approx(13 / 5)
+    assert tm.train_one_epoch(model, loader, still, loss, batches) == pytest.approx(13 / 5)
 
 
 def test_the_loop_overfits_eight_photos(drawn, tmp_path):
     flags = ["--epochs", 300, "--standardize_features", "--target_transform", "standardize", "--no_augmentation"]
-    args, this = prepared(drawn, tmp_path / "out", *flags)
-    rows = np.arange(8)
+    _, this = prepared(drawn, tmp_path / "out", *flags)
+    rows, batches = np.arange(8), this.batches
     with quick():
-        batches = tm.make_batches(this.dataset, this.backbone, {tm.PLAIN: rows}, args, this.accelerator)
-        model = tm.new_model(this.labels, this.dataset, this.backbone, batches, rows, args, this.accelerator)
-        outcome = tm.fit(model, this.dataset, batches, (rows, rows), args, this.accelerator, this.progress)
-        loss, predictions = tm.evaluate(model, batches(rows, tm.PLAIN), this.accelerator)
-    measured = this.labels[TARGET].to_numpy()[:8]
-    assert loss == pytest.approx(np.mean((predictions.numpy() - measured) ** 2), rel=1e-4)
+        batches.collect(rows, rows)
+        model = tm.new_model(batches, this.backbone, rows)
+        outcome = tm.fit(model, batches, (rows, rows), this.progress)
+        predictions, measured = (found.numpy() for found in tm.evaluate(model, batches.judge(rows), batches))
+    loss = np.mean((predictions - measured) ** 2)
+    assert measured.tolist() == pytest.approx(this.labels[TARGET].to_numpy()[:8].tolist())
     assert loss == pytest.approx(outcome["history"][outcome["epoch"] - 1]["val_loss"], rel=1e-4)
     assert np.sqrt(loss) < 0.2 * measured.std()
 
@@ -506,27 +536,28 @@ def test_target_transforms_are_undone_the_bias_is_made_up_for_and_no_weight_is_b
 
 
 @pytest.mark.parametrize("own_deviation", [False, True])
-def test_a_feature_of_one_training_photo_moves_no_other_by_more_than_weights_differ(own_deviation, accelerator):
+def test_a_feature_of_one_training_photo_moves_no_other_by_more_than_weights_differ(own_deviation, batches):
     random = np.random.default_rng(0)
-    features = torch.from_numpy(random.normal(-0.5, 1.0, (400, 512))).float().relu()
-    weights = torch.from_numpy(random.lognormal(-1.5, 0.8, 400)).float() + 0.05 * features[:, 1:6].sum(1)
-    features[:, 0] = 0
-    features[17, 0] = 0.01
+    found = torch.from_numpy(random.normal(-0.5, 1.0, (400, 512))).float().relu()
+    weights = torch.from_numpy(random.lognormal(-1.5, 0.8, 400)).float() + 0.05 * found[:, 1:6].sum(1)
+    found[:, 0] = 0
+    found[17, 0] = 0.01
     torch.manual_seed(0)
     model = tm.BiomassModel(Stub(512), target_transform="standardize")
     model.fit_targets(weights[:300])
-    model.fit_features(features[:300])
+    model.fit_features(found[:300])
     if own_deviation:  # as it must not be: this shows that the test can fail
-        model.feature_scale.copy_(features[:300].std(0))
+        model.feature_scale.copy_(found[:300].std(0))
     optimizer, none = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.zeros(400, 0)
-    batches = list(zip(features[:300].split(32), none[:300].split(32), weights[:300].split(32), strict=True))
+    parts = found[:300, None].split(32), none[:300].split(32), weights[:300].split(32)
+    loader = list(zip(*parts, strict=True))
     for _ in range(40):
-        tm.train_one_epoch(model, batches, optimizer, torch.nn.MSELoss(), accelerator)
-    seen, odd = features[300:], features[300:].clone()
-    odd[:, 0] = 3
+        tm.train_one_epoch(model, loader, optimizer, torch.nn.MSELoss(), batches)
+    seen, odd = found[300:, None], found[300:, None].clone()
+    odd[..., 0] = 3
     with torch.inference_mode():
         model.eval()
-        change = (model.to_grams(model(odd, none[300:])) - model.to_grams(model(seen, none[300:]))).abs().max()
+        change = (model.predict(odd, none[300:]) - model.predict(seen, none[300:])).abs().max()
     assert (change < weights[:300].std()) != own_deviation, change
 
 
@@ -545,7 +576,7 @@ def test_metadata_are_encoded_as_scikit_learn_does(drawn, tmp_path):
 
     training, later = draw(40), draw(15)
     later.loc[2, "soil"] = "never seen"
-    encoded = tm.encode_metadata(later, tm.plan_metadata(training, ["age", "soil", "empty"])).numpy()
+    encoded = reading.encode_metadata(later, reading.plan_metadata(training, ["age", "soil", "empty"]))
     number = [
         pd.to_numeric(table["age"].astype(str).str.replace(",", "."), errors="coerce") for table in (training, later)
     ]
@@ -564,7 +595,8 @@ def test_metadata_have_a_head_of_their_own_and_statistics_come_from_training_row
     train(drawn, tmp_path / "out", *flags)
     state, before = tensors_of(tmp_path / "out"), predictions_of(tmp_path / "out")
     assert (
-        state["metadata_head.0.weight"].shape[1] == 4 and state["last.weight"].shape[1] > state["head.1.bias"].shape[0]
+        state["head.metadata.0.weight"].shape[1] == 4
+        and state["head.last.weight"].shape[1] > state["head.features.1.bias"].shape[0]
     )
     changed = before.index[0]
 
@@ -619,10 +651,8 @@ def test_experiments_are_not_called_plants(drawn, tmp_path, capsys, monkeypatch)
     assert not any("plants" in text for text in texts + lines)
 
 
-def test_units_are_the_same_in_eda_and_a_target_without_one_has_none(drawn, tmp_path):
-    for name in (TARGET, "fresh_weight_mg", "Weight", "weight_kg", "dry_weight_shoot_MG", "total_leaves", "fresh_mg"):
-        assert tm.unit_of(name) == eda.unit_of(name), name
-    assert [tm.unit_of(name) for name in (TARGET, "fresh_weight_mg", "total_leaves")] == ["g", "", ""]
+def test_a_target_without_a_unit_has_none(drawn, tmp_path):
+    assert [reading.unit_of(name) for name in (TARGET, "fresh_weight_mg", "total_leaves")] == ["g", "", ""]
     metrics = train(drawn, tmp_path / "out", "--epochs", 1, "--target", "total_leaves")
     table = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert list(table) == ["filename", "plant_number", "fold", "measured", "predicted", "error"]
@@ -646,11 +676,16 @@ def test_faults_of_a_folder_are_dropped_by_name_and_change_no_other_row(drawn, f
     pd.testing.assert_series_equal(found, wanted.drop(lost))
 
 
-def test_the_interval_covers_the_true_error():
-    random, plants, covered = np.random.default_rng(1), np.repeat(np.arange(60), 6), []
-    for seed in range(100):
-        errors = random.normal(0, 0.8, 60)[plants] + random.normal(0, 0.6, len(plants))  # true RMSE: 1
-        low, high = tm.rmse_interval(pd.DataFrame({"_plant": plants, "error": errors}), seed)
-        covered.append(low <= 1 <= high)
-    assert 0.88 <= np.mean(covered) <= 0.99
-    assert tm.rmse_interval(pd.DataFrame({"_plant": [1, 1], "error": [1.0, 2.0]}), 0) is None
+@pytest.mark.parametrize("plants", [7, 60])
+def test_the_intervals_cover_the_truth(plants):
+    random, of_rows, covered = np.random.default_rng(1), np.repeat(np.arange(plants), 6), []
+    for _ in range(200):
+        errors = random.normal(0, 0.8, plants)[of_rows] + random.normal(0, 0.6, len(of_rows))  # true RMSE: 1
+        low, high = writing.rmse_interval(errors**2, of_rows)
+        x = random.normal(0, 1, plants)[of_rows]  # true r of x and y: 0.6 / 1
+        y = 0.6 * x + 0.8 * (random.normal(0, 0.8, plants)[of_rows] + random.normal(0, 0.6, len(of_rows)))
+        r_low, r_high = writing.correlation_interval(x, y, of_rows)
+        covered.append((low <= 1 <= high, r_low <= 0.6 <= r_high))
+    held = np.mean(covered, 0)
+    assert (held > 0.89).all() and (held < 0.995).all(), held
+    assert writing.rmse_interval(np.array([1.0, 4.0]), [1, 1]) is None

