@@ -73,7 +73,7 @@ def judge_fold(run, args, split, name):
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
         weigh = functools.partial(batches.weigh, model)
         photos = [(reading.open_photo(run.dataset.paths[row]), run.dataset.metadata[row]) for row in rows]
-        see = functools.partial(features.heat_map, resize=run.dataset.resize)
+        see = functools.partial(plant.heat_map, resize=run.dataset.resize)
         heats = [see(photo, weigh=functools.partial(weigh, metadata)) for photo, metadata in photos]
         result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(np.stack(heats))}
     return result
@@ -150,11 +150,34 @@ def judge_erased(table, shares):
     metrics = {}
     for name in ("predicted", *ERASED):
         key = "val_r" if name == "predicted" else f"val_r_{name.replace(' ', '_')}"
-        metrics[key] = writing.correlation(table[name], table["measured"])
-        metrics[f"{key}_ci95"] = writing.correlation_interval(table[name], table["measured"], table["_plant"])
+        metrics[key] = correlation(table[name], table["measured"])
+        metrics[f"{key}_ci95"] = correlation_interval(table[name], table["measured"], table["_plant"])
     metrics |= {"photos_without_plant": int((shares == 0).sum()), "looks_at": verdict(metrics, shares)}
     logger.info(metrics["looks_at"])
     return metrics
+
+
+def correlation(x, y):
+    """Pearson's r, 0 where nothing varies."""
+    return float(r_of_sums(products(x, y).sum(0)))
+
+
+def correlation_interval(x, y, groups):
+    """95 % interval of Pearson's r, by Fisher's z, over the groups that the rows belong to."""
+    sums = pd.DataFrame(products(x, y)).groupby(np.asarray(groups)).sum().to_numpy()
+    return writing.group_interval(lambda s: np.arctanh(np.clip(r_of_sums(s), -1 + 1e-9, 1 - 1e-9)), sums, np.tanh)
+
+
+def products(x, y):
+    x, y = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)  # r is the same, and more exact
+    return np.column_stack([np.ones(len(x)), x, y, x * x, y * y, x * y])
+
+
+def r_of_sums(sums):
+    """Pearson's r from n and the sums of x, y, their squares and products (..., 6); 0 where nothing varies."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    below = np.sqrt(np.maximum((n * xx - x**2) * (n * yy - y**2), 0))
+    return np.divide(n * xy - x * y, below, out=np.zeros_like(below), where=below > 0)
 
 
 def verdict(metrics, shares):
@@ -201,7 +224,7 @@ def judge_within(table, args):
         rows = table[values == value]
         rmse, bias = writing.scores(rows)["val_rmse"], rows["error"].mean()
         groups.append({"value": value, "rows": len(rows), "rmse": rmse, "bias": bias})
-        groups[-1]["r"] = writing.correlation(rows["predicted"], rows["measured"])
+        groups[-1]["r"] = correlation(rows["predicted"], rows["measured"])
         numbers = "RMSE {rmse:.4f}, bias {bias:.4f}, r {r:.3f}".format(**groups[-1])
         logger.info(f"{args.within} {value}: {len(rows):,} rows, {numbers}")
     around = table["measured"] - table["measured"].groupby(values).transform("mean")

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 import train_model as tm
-from biomass import features, reading, writing
+from biomass import features, plant, reading, writing
 
 UNLIKE = "unlike training photos"
 SHOWN = 12  # photos with a heat map
@@ -177,7 +177,7 @@ def explain(table, checkpoint, batches, args):
         photo = reading.open_photo(row["_path"])
         weigh = functools.partial(batches.weigh, checkpoint.model, metadata[number])
         title = f"{writing.plain(row['filename'])[-22:]}\npredicted {row['predicted']:.3f} {checkpoint.unit}".rstrip()
-        items.append((photo, features.heat_map(photo, batches.dataset.resize, weigh), title))
+        items.append((photo, plant.heat_map(photo, batches.dataset.resize, weigh), title))
     if items:
         writing.draw_heat(items, args.explain, checkpoint.unit, args.labels_path)
 

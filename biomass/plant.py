@@ -1,4 +1,4 @@
-"""Where a photo shows plant: its green area and the weight that this tells, and the photo without its plant."""
+"""Where a photo shows plant: what its area tells, the photo without it, and what a model makes of parts of a photo."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ EXCESS_GREEN = 0.25
 DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is noise
 MOST_SIDE, WIDEN, SOIL_RADIUS = 512, 6, 0.33  # pixels, pixels, share of the frame within which every pot shows soil
 GREY = np.uint8([124, 116, 104])  # the mean of ImageNet
+PATCHES = 8  # a side of a heat map
 
 
 # ---------------------------------------------------------------- where it is, and what its area tells
@@ -149,3 +150,24 @@ def turns(centre):
 
 
 ERASERS = {"plant erased": erase_plant, "background erased": erase_background}
+
+
+# ---------------------------------------------------------------- where a model looks
+
+
+def heat_map(photo, resize, weigh):
+    """What hiding each of PATCHES x PATCHES squares takes from a photo's prediction, in its unit.
+
+    Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV), by the same photo
+    without its plant, turned by 180 degrees: a flat patch would be something that no photo shows. `photo` is a Pillow
+    image, resize(photo) the square that a backbone sees of it, weigh predicts (n,) from n such squares.
+    """
+    whole, other = resize(photo), resize(erase_plant(photo).transpose(Image.Transpose.ROTATE_180))
+    edges = np.linspace(0, whole.width, PATCHES + 1).round().astype(int).tolist()
+    hidden = []
+    for row, column in itertools.product(range(PATCHES), repeat=2):
+        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
+        hidden.append(whole.copy())
+        hidden[-1].paste(other.crop(box), box)
+    predicted = weigh([*hidden, whole])
+    return (predicted[-1] - predicted[:-1]).reshape(PATCHES, PATCHES)

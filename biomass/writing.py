@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from biomass.reading import DRAWN_MARK, PHOTO_SUFFIXES, UserError, group_name, is_drawn, one_line, open_photo, unit_of
+from biomass import reading
 
 INTERVALS = "jackknife over {groups}s, Student's t"  # how metrics.txt names group_interval
 
@@ -63,36 +63,13 @@ def rmse_interval(squares, groups):
     return group_interval(lambda s: np.log(np.maximum(s[..., 0], tiny) / s[..., 1]) / 2, sums, np.exp)
 
 
-def correlation(x, y):
-    """Pearson's r, 0 where nothing varies."""
-    return float(r_of_sums(products(x, y).sum(0)))
-
-
-def correlation_interval(x, y, groups):
-    """95 % interval of Pearson's r, by Fisher's z, over the groups that the rows belong to."""
-    sums = pd.DataFrame(products(x, y)).groupby(np.asarray(groups)).sum().to_numpy()
-    return group_interval(lambda s: np.arctanh(np.clip(r_of_sums(s), -1 + 1e-9, 1 - 1e-9)), sums, np.tanh)
-
-
-def products(x, y):
-    x, y = np.asarray(x, float) - np.mean(x), np.asarray(y, float) - np.mean(y)  # r is the same, and more exact
-    return np.column_stack([np.ones(len(x)), x, y, x * x, y * y, x * y])
-
-
-def r_of_sums(sums):
-    """Pearson's r from n and the sums of x, y, their squares and products (..., 6); 0 where nothing varies."""
-    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    below = np.sqrt(np.maximum((n * xx - x**2) * (n * yy - y**2), 0))
-    return np.divide(n * xy - x * y, below, out=np.zeros_like(below), where=below > 0)
-
-
 def prediction_table(labels, split, predictions, args, fold=1):
     """The validated rows with what was measured and predicted, the training mean, and for drawn data what can be."""
     train_rows, val_rows = split
     table = labels.iloc[val_rows].assign(fold=fold, predicted=np.asarray(predictions), expected=np.nan)
     table = table.assign(measured=table[args.target], training_mean=labels[args.target].iloc[train_rows].mean())
-    if is_drawn(args.labels_path) and args.target == "fresh_weight_total":
-        expected = pd.read_csv(args.labels_path.parent / DRAWN_MARK, comment="#").drop_duplicates("filename")
+    if reading.is_drawn(args.labels_path) and args.target == "fresh_weight_total":
+        expected = pd.read_csv(args.labels_path.parent / reading.DRAWN_MARK, comment="#").drop_duplicates("filename")
         table["expected"] = table["filename"].map(expected.set_index("filename")["expected_weight_g"])
     return table.assign(error=table["predicted"] - table["measured"])
 
@@ -102,11 +79,11 @@ def metrics_of(table, epoch, chosen_on, history, args):
     score, measured = scores(table), table["measured"]
     metrics = {"val_mse": score["val_mse"], "val_rmse": score["val_rmse"], "epoch": epoch} | score
     metrics["val_rmse_ci95"] = rmse_interval(table["error"] ** 2, table["_plant"])
-    metrics["intervals_by"] = INTERVALS.format(groups=group_name(args.group_by))
+    metrics["intervals_by"] = INTERVALS.format(groups=reading.group_name(args.group_by))
     metrics |= {"last_epoch_val_rmse": history[-1]["val_rmse"]} if history else {}
     metrics["epoch_chosen_on"] = chosen_on
     metrics["baseline_mean_rmse"] = math.sqrt((measured - table["training_mean"]).pow(2).mean())
-    metrics |= {"drawn_data": True} if is_drawn(args.labels_path) else {}
+    metrics |= {"drawn_data": True} if reading.is_drawn(args.labels_path) else {}
     if table["expected"].notna().all():
         metrics["noise_floor_rmse"] = math.sqrt((measured - table["expected"]).pow(2).mean())
     return metrics
@@ -158,7 +135,7 @@ def unlikeness(familiar, features):
 
 def write_report(table, history, metrics, args, third_panel=None):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
-    unit, history = unit_of(args.target), pd.DataFrame(history)
+    unit, history = reading.unit_of(args.target), pd.DataFrame(history)
     in_unit = {name: f"{name}_{unit}".rstrip("_") for name in ("measured", "predicted", "error")}
     columns = dict.fromkeys(["filename", *args.group_by, "fold", *in_unit.values()])
     write_json(metrics, args.metrics_path)
@@ -179,7 +156,7 @@ def write_json(content, path):
 
 
 def log_result(metrics, args):
-    unit, ends = unit_of(args.target), metrics["val_rmse_ci95"]
+    unit, ends = reading.unit_of(args.target), metrics["val_rmse_ci95"]
     text = f"validation RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
     model = "final model of epoch" if "folds" in metrics else "epoch"
     text += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
@@ -195,7 +172,7 @@ def new_figure(labels_path, size):
     from matplotlib.figure import Figure  # not pyplot, which would keep it
 
     figure = Figure(figsize=size, layout="constrained")
-    if is_drawn(labels_path):
+    if reading.is_drawn(labels_path):
         figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
     return figure
 
@@ -219,7 +196,7 @@ def plain(text):
 def plot_curves(history, metrics, args):
     """Training and validation loss by epoch; of folds a thin line each and their mean."""
     figure = new_figure(args.labels_path, (8, 4.5))
-    axis, unit = figure.subplots(), unit_of(args.target)
+    axis, unit = figure.subplots(), reading.unit_of(args.target)
     history = history[history["fold"] > 0] if "fold" in history else history.assign(fold=1)
     folds, by_epoch = history["fold"].nunique(), history.groupby("epoch")
     for name, text, color in (("train_loss", "training", "tab:blue"), ("val_loss", "validation", "tab:orange")):
@@ -243,7 +220,7 @@ def plot_predictions(table, metrics, args, third_panel=None):
     """Predicted against measured, and the error against the prediction; third_panel(axis) draws one more."""
     figure = new_figure(args.labels_path, (15.5 if third_panel else 11, 5))
     axes = figure.subplots(1, 3 if third_panel else 2)
-    dots, unit, bias = {"s": 10, "alpha": 0.35, "linewidths": 0}, unit_of(args.target), metrics["val_bias"]
+    dots, unit, bias = {"s": 10, "alpha": 0.35, "linewidths": 0}, reading.unit_of(args.target), metrics["val_bias"]
     axes[0].scatter(table["measured"], table["predicted"], **dots)
     axes[0].axline((table["measured"].mean(),) * 2, slope=1, color="black", linewidth=1, label="equality")
     axes[1].scatter(table["predicted"], table["error"], **dots)
@@ -258,7 +235,9 @@ def plot_predictions(table, metrics, args, third_panel=None):
     if third_panel:
         third_panel(axes[2])
     r2 = "" if metrics["val_r2"] is None else f", R$^2$ {metrics['val_r2']:.3f}"
-    groups = f"{table['_plant'].nunique():,} {plain(group_name(args.group_by))}s that the model was not trained on"
+    groups = (
+        f"{table['_plant'].nunique():,} {plain(reading.group_name(args.group_by))}s that the model was not trained on"
+    )
     figure.suptitle(f"{len(table):,} photos of {groups}: RMSE {metrics['val_rmse']:.4f} {unit}{r2}")
     save_figure(figure, args.results_dir / "predictions.png")
 
@@ -271,8 +250,8 @@ def plot_worst(table, args):
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (_, row) in zip(axes.flat, worst.iterrows(), strict=False):
-        axis.imshow(open_photo(row["_path"]))
-        both = f"measured {row['measured']:.3f}, predicted {row['predicted']:.3f} {unit_of(args.target)}"
+        axis.imshow(reading.open_photo(row["_path"]))
+        both = f"measured {row['measured']:.3f}, predicted {row['predicted']:.3f} {reading.unit_of(args.target)}"
         axis.set_title(f"{plain(row['filename'])[-40:]}\n{both}", fontsize=9)
     figure.suptitle(f"The {len(worst)} largest errors of {len(table):,} photos")
     save_figure(figure, args.results_dir / "worst_predictions.png", dpi=90, colours=256)
@@ -311,7 +290,9 @@ def whole_file(path, told=True):
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another place") from error
+        raise reading.UserError(
+            f"cannot write {path} ({error.strerror}): free the disk or choose another place"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
     if told:
@@ -323,7 +304,7 @@ def check_writable(outputs, inputs, photo_folder):
     inputs, photo_folder = {os.path.realpath(path) for path in inputs if path}, os.path.realpath(photo_folder or "-")
     for path in map(Path, outputs):
         fault = "it is a folder" if path.is_dir() else "it is an input" if os.path.realpath(path) in inputs else ""
-        if path.suffix.lower() in PHOTO_SUFFIXES and os.path.realpath(path.parent) == photo_folder:
+        if path.suffix.lower() in reading.PHOTO_SUFFIXES and os.path.realpath(path.parent) == photo_folder:
             fault = fault or "it would lie among the photos"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +312,7 @@ def check_writable(outputs, inputs, photo_folder):
         except OSError as error:
             fault = fault or error.strerror
         if fault:
-            raise UserError(f"cannot write {path} ({fault}): choose another place for it")
+            raise reading.UserError(f"cannot write {path} ({fault}): choose another place for it")
 
 
 # ---------------------------------------------------------------- command line and log
@@ -371,10 +352,10 @@ def run_script(prog, job, argv, resumable=False):
     try:
         with contextlib.ExitStack() as started:
             return job([str(argument) for argument in (sys.argv[1:] if argv is None else argv)], started)
-    except UserError as error:  # from a process that decodes photos it comes with a traceback before it
-        message = f"error: {one_line(error).rpartition('UserError: ')[2]}"
+    except reading.UserError as error:  # from a process that decodes photos it comes with a traceback before it
+        message = f"error: {reading.one_line(error).rpartition('UserError: ')[2]}"
     except OSError as error:
-        message = f"error: cannot read or write {error.filename} ({error.strerror or one_line(error)})"
+        message = f"error: cannot read or write {error.filename} ({error.strerror or reading.one_line(error)})"
     except (MemoryError, RuntimeError) as error:
         full = ("out of memory", "can't allocate memory", "not enough memory", "exited unexpectedly")
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in full):
@@ -418,5 +399,5 @@ def open_log(path, append=False):
 
 def stop_at_full_log(path, record):
     error = sys.exc_info()[1]
-    reason = getattr(error, "strerror", None) or one_line(error)
-    raise UserError(f"cannot write {path} ({reason}): free the disk or choose another place") from error
+    reason = getattr(error, "strerror", None) or reading.one_line(error)
+    raise reading.UserError(f"cannot write {path} ({reason}): free the disk or choose another place") from error

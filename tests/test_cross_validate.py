@@ -17,6 +17,7 @@ from sklearn.model_selection import GroupKFold
 
 import cross_validate
 import train_model as tm
+from biomass import plant, writing
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +121,12 @@ def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_asid
 def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(tmp_path):
     random, rows, photos = np.random.default_rng(3), [], tmp_path / "data" / "images_med_res"
     photos.mkdir(parents=True)
-    for plant in range(12):
+    for pot in range(12):
         weight, colour = random.uniform(0.1, 1), random.integers(20, 236, 3)
         for number in range(8):
             pixels = np.clip(colour + random.integers(-3, 4, (64, 64, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(photos / f"{plant}_{number}.png")
-            rows.append({"filename": f"{plant}_{number}.png", "plant_number": plant, TARGET: weight})
+            Image.fromarray(pixels).save(photos / f"{pot}_{number}.png")
+            rows.append({"filename": f"{pot}_{number}.png", "plant_number": pot, TARGET: weight})
     pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
     flags = ["--epochs", 25, "--folds", 3, "--learning_rate", 3e-3, "--no_augmentation", "--standardize_features"]
     by_row, by_plant = (
@@ -169,3 +170,46 @@ def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
     assert not (tmp_path / "out" / "model.pt.progress").exists()
     assert "fold 1/2  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("photos", [12, 40, 400])
+def test_odd_photos_are_unlike_however_few_there_are(photos):
+    random = np.random.default_rng(0)
+    mix = random.normal(0, 1, (60, 900)) * np.linspace(1, 0.05, 60)[:, None]
+    drawn = random.normal(0, 1, (photos + 40, 60)) @ mix + random.normal(0, 0.3, (photos + 40, 900))
+    familiar = cross_validate.describe_features(drawn[:photos])
+    like = writing.unlikeness(familiar, drawn[photos:])
+    odd = writing.unlikeness(familiar, drawn[photos:] + random.normal(0, 8, 900))
+    assert familiar["rest"] > 1e-3 and odd.min() > np.quantile(like, cross_validate.FAMILIAR_SHARE)
+    # outside the components a photo of the same kind is as far as the training photos vary there, not a million times
+    assert like.max() < 100 * drawn.shape[1]
+
+
+def test_the_verdict_is_withheld_where_erasing_takes_no_plant():
+    metrics = {"val_r": 0.9, "val_r_ci95": [0.8, 0.95], "val_r_plant_erased": 0.85, "val_r_background_erased": 0.1}
+    shares = np.random.default_rng(0).uniform(0.05, 0.3, 100)
+    assert "mostly from the background: r 0.90, plants erased 0.85" in cross_validate.verdict(metrics, shares)
+    for spoiled, told in (
+        (np.where(np.arange(100) < 21, 0, shares), "21% of the photos show no green"),
+        (shares / 1000, "takes 0.0% of the middle photo"),
+        (1 - shares / 10, "of the middle photo"),
+    ):
+        sentence = cross_validate.verdict(metrics, spoiled)
+        assert "cannot be told" in sentence and told in sentence and "background" not in sentence
+    assert "mostly" in cross_validate.verdict(metrics, np.where(np.arange(100) < 3, 0, shares))
+    grey = Image.new("RGB", (1200, 900), (90, 80, 70))
+    grey.putpixel((3, 3), (91, 80, 70))  # which a smaller copy would not show
+    assert plant.erased_share(grey) == 0
+    for edit in cross_validate.ERASED.values():  # of larger photos too nothing is changed
+        assert np.array_equal(np.asarray(edit(grey)), np.asarray(grey))
+
+
+def test_trackers_get_growing_steps_over_all_folds(drawn, tmp_path, monkeypatch):
+    logged, real = [], tm.importlib.util.find_spec
+    monkeypatch.setattr(tm.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or real(name, *rest))
+    monkeypatch.setattr(tm.Accelerator, "init_trackers", lambda *arguments: None)
+    monkeypatch.setattr(tm.Accelerator, "log", lambda accelerator, values, step: logged.append((step, values)))
+    train(drawn, tmp_path / "out", "--folds", 2, "--no_erasing", "--track", "wandb", script=cross_validate)
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5, 6]
+    assert "fold_1/val_rmse" in logged[0][1] and "fold_2/val_rmse" in logged[2][1]
+    assert "final_model/train_loss" in logged[4][1]

@@ -2,10 +2,14 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.model_selection import GroupKFold
@@ -79,6 +83,7 @@ def test_summary_tells_what_the_sheet_holds_and_finds_no_fault_in_a_clean_one(dr
     assert {*summary} == {*expected, "fresh_weight_stats", *after} and list(summary)[-4:] == after
     assert all(fault == {"count": 0, "found": []} for fault in summary["audit"]["faults"].values())
     facts, empty = summary["audit"]["facts"], sheet.isna().mean()
+    assert facts["rows_that_training_drops"] == {"without fresh_weight_total": 60 - len(weights)}
     assert facts["missing_share"] == pytest.approx(empty[empty > 0].to_dict()) and facts["photo_sizes"] == {
         "256x256": 60
     }
@@ -336,3 +341,24 @@ def test_photos_are_found_in_other_letter_case_and_never_outside_the_folder(tmp_
     ]
     assert faults["unreadable_photos"]["found"] == ["pipe.png: unreadable photo (it is no ordinary file)"]
     assert "extra.png" in faults["unused_photos"]["found"] and "Leaf.PNG" not in faults["unused_photos"]["found"]
+
+
+def test_what_needs_no_torch_imports_where_there_is_none_and_help_is_there_at_once(tmp_path):
+    blocked = "torch torchvision timm accelerate openvino".split()
+    code = f"""if True:
+        import sys
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {blocked}:
+                    raise ImportError(name)
+        sys.meta_path.insert(0, Blocked())
+        import eda, biomass.reading, biomass.plant, biomass.writing
+        heavy = [name for name in ("sklearn", "seaborn", "matplotlib", "scipy.stats", "skimage") if name in sys.modules]
+        sys.exit(f"imported before they are needed: {{heavy}}" if heavy else 0)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.copy(ROOT / "eda.py", tmp_path)
+    done = subprocess.run([sys.executable, "eda.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "eda.py needs the folder biomass/ beside it" in done.stderr
+    assert done.stderr.count("\n") == 1

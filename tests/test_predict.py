@@ -21,7 +21,7 @@ PHOTOS = "images_med_res"
 def weigh(model, out, *flags, engine=quick):
     """Exit status of predict.py, and its table by file name."""
     with engine():
-        status = predict.main(["--model", model, "--out", out, "--device", "cpu", *flags])
+        status = predict.main(["--model", model, "--out", out, "--device", "cpu", "--cache_dir", "none", *flags])
     return status, pd.read_csv(out).set_index("filename") if out.is_file() else None
 
 
@@ -56,12 +56,18 @@ def with_metadata(drawn, tmp_path_factory):
     return out / "model.pt"
 
 
-@pytest.mark.parametrize("flags", ["--standardize_features --target_transform log", "--unfreeze_from conv5"])
+@pytest.mark.parametrize("flags", [
+    "--standardize_features --target_transform log --precision fp32", "--unfreeze_from conv5 --precision fp32",
+    "--unfreeze_backbone --precision bf16 --epochs 1", "--precision bf16",
+])  # fmt: skip
 def test_predictions_are_those_of_the_training_run(drawn, flags, tmp_path):
     train(drawn, tmp_path / "out", *flags.split())
-    status, table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS)
+    precision = flags.split()[flags.split().index("--precision") + 1]
+    more = ["--precision", precision, "--cache_dir", tmp_path / "cache"]  # bf16 also where it is emulated
+    status, table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, *more)
     assert status == 0 and len(table) == 60
     assert_same(table, tmp_path / "out")
+    assert table["predicted_g"].nunique() > 50  # the head computes in fp32: bf16 would give a grid of few values
     assert table[["low_g", "high_g", "note"]].isna().all(axis=None)  # only cross_validate.py teaches these
 
 
@@ -199,3 +205,29 @@ def test_export_gives_the_same_grams(drawn, with_metadata, tmp_path, recwarn):
         photos = pixels_of(drawn, table.index, side).numpy()
         grams = session.run(None, {"photos": photos, "metadata": metadata})[0]
         assert grams == pytest.approx(table["predicted_g"].to_numpy(), abs=tolerance)
+
+
+def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys):
+    train(drawn, tmp_path / "out", "--no_augmentation", "--epochs", 1)
+    known = len(pd.read_excel(drawn / SHEET).dropna(subset=TARGET))
+    for found in (known, 60):
+        capsys.readouterr()
+        weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, "--cache_dir", tmp_path / "cache")
+        assert f"features: {found} found, {60 - found} to compute" in capsys.readouterr().out
+
+
+def test_a_model_of_bf16_on_a_processor_without_it_says_what_that_costs(drawn, judged, tmp_path, capsys, monkeypatch):
+    checkpoint = torch.load(judged, weights_only=True)
+    checkpoint["settings"]["precision"] = "bf16"
+    torch.save(checkpoint, tmp_path / "bf16.pt")
+    monkeypatch.setattr(train_model, "has_bf16", lambda on_cpu: False)
+    weigh(tmp_path / "bf16.pt", tmp_path / "p.csv", drawn / PHOTOS)
+    printed = capsys.readouterr().out
+    assert "was trained in bf16, which this processor lacks: computed in fp32" in printed and ", fp32, cpu" in printed
+
+
+def test_export_asks_for_its_packages_before_the_photos_are_weighed(drawn, judged, tmp_path, capsys, monkeypatch):
+    real = predict.importlib.util.find_spec
+    monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None if name == "onnx" else real(name))
+    assert weigh(judged, tmp_path / "p.csv", drawn / PHOTOS, "--export", tmp_path / "m.onnx") == (2, None)
+    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err

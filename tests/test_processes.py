@@ -14,9 +14,9 @@ from conftest import SHEET, START, TARGET, flags_of, train
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 
 
-def torchrun(folder, *flags):
+def torchrun(folder, *flags, start=START):
     """torchrun of two processes of train_model.py that keep their state after every epoch."""
-    (folder / "start.py").write_text(START)
+    (folder / "start.py").write_text(start)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(folder / "start.py"), "train_model", *flags]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -63,6 +63,32 @@ def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(dra
     assert table["measured_g"].tolist() == pytest.approx(measured.tolist())
     assert metrics["val_mse"] == pytest.approx((table["predicted_g"] - measured).pow(2).mean(), rel=1e-4)
     assert metrics["val_mse"] == pytest.approx(history["val_loss"].min(), rel=1e-4)
+
+
+def test_a_machine_without_the_progress_file_goes_on_where_the_main_one_does(drawn, tmp_path):
+    """Two machines, each with a folder of its own: the second has no file to resume from."""
+    places = [tmp_path / name for name in ("machine_0", "machine_1")]
+    for place in places:
+        place.mkdir()
+    flags = flags_of(drawn, tmp_path / "out", "--unfreeze_backbone", "--batch_size", 10, "--model_out", "model.pt")
+    apart = f"import os\nos.chdir({[*map(str, places)]!r}[int(os.environ['RANK'])])\n" + START
+    stopped = torchrun(tmp_path, *flags, "--epochs", "60", start=apart)
+    for line in stopped.stdout:
+        if "epoch 2/" in line:
+            break
+    stopped.send_signal(signal.SIGKILL)
+    for child in subprocess.run(["pgrep", "-f", str(tmp_path / "start.py")], capture_output=True).stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    stopped.communicate()
+    (places[1] / "model.pt.progress").unlink(missing_ok=True)
+    kept = len(torch.load(places[0] / "model.pt.progress", weights_only=True)["states"][""]["done"]["history"])
+    again = torchrun(tmp_path, *flags, "--epochs", "60", "--resume", start=apart)
+    for line in again.stdout:
+        if "epoch " in line and "train_loss" in line:
+            break
+    again.send_signal(signal.SIGTERM)
+    again.communicate()
+    assert f"epoch {kept + 1}/60" in line
 
 
 def test_a_mistake_is_told_once(tmp_path):

@@ -91,6 +91,9 @@ def test_it_resumes_the_same_run_only_and_says_what_differs(drawn, tmp_path, cap
             assert tm.main(flags_of(drawn, out, *flags, "--resume")) == 2
         message = capsys.readouterr().err
         assert told in message and message.count("\n") == 1
+    with mock.patch.object(tm, "HEAD_WIDTH", 128), quick():
+        assert tm.main(flags_of(drawn, out, "--epochs", 3, "--seed", 7, "--resume")) == 2
+    assert "is of a run with other code of the recipe" in capsys.readouterr().err
     (out / "model.pt.progress").write_bytes(b"no progress")
     with quick():
         assert tm.main(flags_of(drawn, out, "--epochs", 3, "--seed", 7, "--resume")) == 2

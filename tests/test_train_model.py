@@ -173,7 +173,8 @@ def test_equal_seeds_give_equal_files_with_a_warm_and_a_cold_cache_and_with_work
 
 def test_no_plant_is_on_both_sides_whatever_the_seed():
     random = np.random.default_rng(0)
-    labels = pd.DataFrame({"_plant": random.integers(0, 40, 500), "_content": np.arange(500), TARGET: 1.0})
+    labels = pd.DataFrame({"_plant": random.integers(0, 40, 500), "_content": np.arange(500)})
+    labels[TARGET] = random.random(500)
     flags = {"val_split": 0.2, "folds": 5, "group_by": ["plant_number"], "target": TARGET}
     for seed in range(200):
         args = argparse.Namespace(seed=seed, **flags)
@@ -318,6 +319,20 @@ def test_stages_are_the_averages_that_plain_hooks_give():
         assert backbone.width == wanted.shape[1] == {"resnet18": 512 + 512}.get(name, 1280 + 32 + 784)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(backbone(photos[:1].repeat(3, 1, 1, 1))[0], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_last_batch_of_one_photo_is_no_hurdle_and_one_value_is_told(drawn, copied, tmp_path, capsys):
+    rows = train(drawn, tmp_path / "count", "--epochs", 1)["train_rows"]
+    size = next(size for size in range(2, rows) if rows % size == 1)
+    train(drawn, tmp_path / "out", "--unfreeze_backbone", "--batch_size", size, "--epochs", 1)
+    capsys.readouterr()
+    two = pd.read_excel(copied / SHEET).dropna(subset=TARGET).drop_duplicates("plant_number").head(2)
+    two.to_excel(copied / SHEET, index=False)
+    with quick():
+        assert tm.main(flags_of(copied, tmp_path / "out", "--val_split", 0.5, "--loss", "huber")) == 2
+        assert tm.main(flags_of(drawn, tmp_path / "out", "--unfreeze_backbone", "--batch_size", 1)) == 2
+    one, single = capsys.readouterr().err.splitlines()
+    assert "nothing can be learned from one value" in one and "must be at least 2" in single
 
 
 def test_a_vision_transformer_of_timm_runs_and_says_that_it_has_no_stages(drawn, tmp_path, capsys):
@@ -684,7 +699,7 @@ def test_the_intervals_cover_the_truth(plants):
         low, high = writing.rmse_interval(errors**2, of_rows)
         x = random.normal(0, 1, plants)[of_rows]  # true r of x and y: 0.6 / 1
         y = 0.6 * x + 0.8 * (random.normal(0, 0.8, plants)[of_rows] + random.normal(0, 0.6, len(of_rows)))
-        r_low, r_high = writing.correlation_interval(x, y, of_rows)
+        r_low, r_high = cross_validate.correlation_interval(x, y, of_rows)
         covered.append((low <= 1 <= high, r_low <= 0.6 <= r_high))
     held = np.mean(covered, 0)
     assert (held > 0.89).all() and (held < 0.995).all(), held

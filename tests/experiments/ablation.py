@@ -16,7 +16,9 @@ from unittest import mock
 
 import pandas as pd
 from matplotlib.figure import Figure
-from recipes import RECOMMENDED, ROOT, STUDY, by_folds, load, tm
+from recipes import RECOMMENDED, ROOT, STUDY, by_folds, load, tm, writing
+
+from biomass import reading
 
 PLAIN = [*RECOMMENDED, "--no_augmentation"]
 UNSCALED = [flag for flag in RECOMMENDED if flag != "--standardize_features"]
@@ -73,14 +75,14 @@ def measure(name, args):
         for what, value in changes.items():
             owner = tm.BiomassModel if hasattr(tm.BiomassModel, what) else tm
             changed.enter_context(mock.patch.object(owner, what, value))
-        this, recipe, batches = load([*flags, "--no_erasing"], args.data_dir, ROOT / "models" / "ablation", rows)
-        tables = [by_folds(this, recipe, batches, seed) for seed in args.seeds]
-    rmse = pd.Series([tm.scores(table)["val_rmse"] for table in tables])
-    r2 = pd.Series([tm.scores(table)["val_r2"] for table in tables])
-    worst = min(tm.scores(fold)["val_r2"] for table in tables for _, fold in table.groupby("fold"))
+        run, recipe = load([*flags, "--no_erasing"], args.data_dir, ROOT / "models" / "ablation", rows)
+        tables = [by_folds(run, recipe, seed) for seed in args.seeds]
+    rmse = pd.Series([writing.scores(table)["val_rmse"] for table in tables])
+    r2 = pd.Series([writing.scores(table)["val_r2"] for table in tables])
+    worst = min(writing.scores(fold)["val_r2"] for table in tables for _, fold in table.groupby("fold"))
     floor = (tables[0]["measured"] - tables[0]["expected"]).pow(2).mean() ** 0.5
     mean = (tables[0]["measured"] - tables[0]["training_mean"]).pow(2).mean() ** 0.5
-    line = {"setting": name, "by": tm.group_name(recipe), "rows": len(tables[0]), "seeds": len(rmse)}
+    line = {"setting": name, "by": reading.group_name(recipe.group_by), "rows": len(tables[0]), "seeds": len(rmse)}
     line |= {"rmse": rmse.mean(), "rmse_sd": rmse.std(), "r2": r2.mean(), "worst_fold_r2": worst}
     line |= {"noise_floor": floor, "training_mean": mean, "seconds": round(time.perf_counter() - started)}
     return line | {"commit": tm.git("rev-parse", "HEAD")}
@@ -111,7 +113,7 @@ def main():
         [],
         "{setting:30s} {by:14s} RMSE {rmse:.4f} +- {rmse_sd:.4f}  R2 {r2:.3f}, worst fold {worst_fold_r2:.3f}",
     )
-    with ProcessPoolExecutor(tm.cores()) as pool:  # heads train on one thread each
+    with ProcessPoolExecutor(reading.cores()) as pool:  # heads train on one thread each
         for line in pool.map(measure, names, [args] * len(names)):
             lines.append(line)
             print(text.format(**line), f" {line['seconds']} s", flush=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from recipes import RECOMMENDED, ROOT, cross_validate, load, tm, train
+from recipes import RECOMMENDED, ROOT, load, tm, train, writing
 
 import make_sample_data  # found beside train_model.py
+from biomass import plant
 
 POTS = 240
 
@@ -24,28 +25,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     args = parser.parse_args()
-    this, recipe, batches = load([*RECOMMENDED, "--no_erasing"], args.data_dir, ROOT / "models" / "erasing")
-    model = train(this, recipe, batches, np.arange(len(this.labels)))
-    weigh = cross_validate.make_weigh(model, recipe, this.accelerator)
+    run, recipe = load([*RECOMMENDED, "--no_erasing"], args.data_dir, ROOT / "models" / "erasing")
+    model = train(run, recipe, np.arange(len(run.labels)))
     plants = make_sample_data.grow(3000, seed=7)  # another seed than that of any folder drawn by default
     plants = (
         plants.sort_values("expected").iloc[np.linspace(0, len(plants) - 1, POTS).astype(int)].assign(experiment_id=1)
     )
     weights, photos = plants["expected"].to_numpy(), {"whole": [], "plant erased": [], "drawn without a plant": []}
-    for index, plant in enumerate(plants.to_dict("records")):
-        photo = make_sample_data.draw_photo(plant, 7, index)
+    for index, grown in enumerate(plants.to_dict("records")):
+        photo = make_sample_data.draw_photo(grown, 7, index)
         photos["whole"].append(photo)
-        photos["plant erased"].append(cross_validate.erase_plant(photo))
-        photos["drawn without a plant"].append(make_sample_data.draw_photo(plant, 7, index, leaves=False))
+        photos["plant erased"].append(plant.erase_plant(photo))
+        photos["drawn without a plant"].append(make_sample_data.draw_photo(grown, 7, index, leaves=False))
     result = {"commit": tm.git("rev-parse", "HEAD"), "pots": POTS}
     for kind, pictures in photos.items():
-        pixels = torch.stack([cross_validate.pixels_of(this.dataset, picture) for picture in pictures])
-        predicted = weigh(pixels, torch.zeros(POTS, 0))
+        predicted = run.batches.weigh(model, torch.zeros(1, 0), pictures)
         result[kind] = {"r": float(np.corrcoef(predicted, weights)[0, 1]), "mean_g": float(predicted.mean())}
     (ROOT / "results" / "erasing.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     figure, kinds = Figure(figsize=(10, 4.9), layout="constrained"), ("whole", "plant erased", "all else erased")
-    photos["all else erased"] = [cross_validate.erase_background(photo) for photo in photos["whole"]]
+    photos["all else erased"] = [plant.erase_background(photo) for photo in photos["whole"]]
     axes = figure.subplots(3, 8)
     for column, index in enumerate(np.linspace(20, POTS - 1, 8).astype(int)):
         for row, kind in enumerate(kinds):
@@ -55,7 +54,7 @@ def main():
         axes[0, column].set_title(f"{weights[index]:.3f} g", fontsize=9)
     figure.suptitle("Drawn photos whole, with their plant erased, and with all but the plant erased", fontsize=10)
     figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
-    tm.save_figure(figure, ROOT / "results" / "erasing.png", photos=True)
+    writing.save_figure(figure, ROOT / "results" / "erasing.png", dpi=90, colours=256)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from recipes import RECOMMENDED, ROOT, cross_validate, load, predict, tm, train
+from recipes import RECOMMENDED, ROOT, cross_validate, load, predict, tm, train, writing
+
+from biomass import reading
 
 
 def run(script, *flags):
@@ -29,7 +31,7 @@ def run(script, *flags):
 
 def split_sheet(data_dir, folder):
     """Two sheets: four fifths of the plant numbers to learn from, and the labelled rows of the others."""
-    sheet = tm.read_sheet(data_dir / "digital_biomass_labels.xlsx").dropna(subset="fresh_weight_total")
+    sheet = reading.read_sheet(data_dir / "digital_biomass_labels.xlsx").dropna(subset="fresh_weight_total")
     plants = np.random.default_rng(7).permutation(sheet["plant_number"].unique())
     away = sheet["plant_number"].isin(plants[: len(plants) // 5])
     sheet[~away].to_csv(folder / "known.csv", index=False)
@@ -82,26 +84,24 @@ def coverage(table):
 
 def by_experiment(data_dir, folder):
     """Share of an experiment's rows in the interval that the eight others promise, in two ways of calibrating."""
-    this, args, batches = load([*RECOMMENDED, "--no_erasing"], data_dir, folder)
-    sheet = tm.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
-    experiment = this.labels["filename"].map(sheet["experiment_id"]).to_numpy(int)
-    plants, rows = this.labels["_plant"].to_numpy(), np.arange(len(this.labels))
+    run, args = load([*RECOMMENDED, "--no_erasing"], data_dir, folder)
+    sheet = reading.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
+    experiment = run.labels["filename"].map(sheet["experiment_id"]).to_numpy(int)
+    plants, rows = run.labels["_plant"].to_numpy(), np.arange(len(run.labels))
 
     @functools.cache
     def model_without(*left_out):
-        return train(this, args, batches, rows[~np.isin(experiment, left_out)])
+        return train(run, args, rows[~np.isin(experiment, left_out)])
 
     def weighed(model, learn, rest):
-        return predict(this, args, batches, model, (learn, rest))
+        return predict(run, args, model, (learn, rest))
 
     lines = []
     for away in np.unique(experiment):
         known, held_out = rows[experiment != away], rows[experiment == away]
         seen, line = weighed(model_without(away), known, held_out), {"experiment": int(away), "rows": len(held_out)}
-        by_plants = cross_validate.folds_by_plant(this.labels.iloc[known], args).values()
-        by_plants = [
-            weighed(train(this, args, batches, known[learn]), known[learn], known[rest]) for learn, rest in by_plants
-        ]
+        by_plants = cross_validate.folds_by_plant(run.labels.iloc[known], args).values()
+        by_plants = [weighed(train(run, args, known[learn]), known[learn], known[rest]) for learn, rest in by_plants]
         by_experiments = [  # the model without two experiments serves both, whichever of them is away
             weighed(model_without(*sorted((away, other))), known[experiment[known] != other], rows[experiment == other])
             for other in np.unique(experiment[known])
@@ -112,8 +112,8 @@ def by_experiment(data_dir, folder):
         ):
             table = pd.concat(tables)
             table["_plant"] = groups[table.index]
-            calibration = cross_validate.calibrate(table, this.labels, args)
-            low, high = cross_validate.interval(calibration, seen["predicted"], wanted)
+            calibration = cross_validate.calibrate(table, run.labels, args)
+            low, high = writing.interval(calibration, seen["predicted"], wanted)
             line[f"by_{how}"] = float(seen["measured"].between(low, high).mean())
             line[f"width_by_{how}"] = float(np.mean(high - low))
         lines.append(line)
