@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 
 import train_model as tm
-from biomass import features, plant, reading, writing
+from biomass import plant, reading, writing
+from biomass.reading import UserError
 
 SHOWN = 12  # photos with a heat map
 COMPONENTS = 31  # of the training features; what lies outside them counts too
 FAMILIAR_SHARE = 0.99  # of held-out photos that count as like the training photos
-WITH_PLANT = 0.95  # share of photos with green from which on a verdict on erased plants can be given
-LEAST_ERASED, MOST_ERASED = 0.001, 0.8  # of the frame, in the median photo, between which it can
+MOST_ERASED = 500  # photos that are also predicted erased; so many tell r well enough
+LEAST_PLANT, MOST_PLANT = 0.0005, 0.7  # of the frame, in the median photo, between which it can be the plant
 ERASED = {"plant erased": plant.erase_plant, "background erased": plant.erase_background}
 
 logger = logging.getLogger("biomass")
@@ -42,7 +43,7 @@ def folds_by_plant(labels, args):
     plants = labels["_plant"].nunique()
     if plants < args.folds:
         named = reading.group_name(args.group_by)
-        raise reading.UserError(f"--folds {args.folds} needs as many {named}s, the data have {plants}")
+        raise UserError(f"--folds {args.folds} needs as many {named}s, the data have {plants}")
     folds = GroupKFold(n_splits=args.folds, shuffle=True, random_state=args.seed)
     splits = list(folds.split(labels, groups=labels["_plant"]))
     names = [f"fold {number}/{args.folds}  " for number in range(1, args.folds + 1)]
@@ -64,17 +65,18 @@ def judge_fold(run, args, split, name):
     if "interrupted" in outcome:  # after fewer epochs than the others
         raise KeyboardInterrupt
     result = {"history": outcome["history"], "epoch": outcome["epoch"]}
-    for what, edit in {"predicted": None, **({} if args.no_erasing else ERASED)}.items():
-        result[what] = tm.evaluate(model, batches.judge(held_out, edit), batches)[0]
+    result["predicted"] = tm.evaluate(model, batches.judge(held_out), batches)[0]
+    erased = np.intersect1d(held_out, rows_to_erase(run, args))
+    for what, edit in ERASED.items() if len(erased) else ():
+        result[what] = tm.evaluate(model, batches.judge(erased, edit), batches)[0]
     familiar = describe_features(batches.features(model, learn))
     result["unlikeness"] = torch.from_numpy(writing.unlikeness(familiar, batches.features(model, held_out)))
     if not args.no_erasing and name.startswith("fold 1/") and run.accelerator.is_main_process:
         by_weight = held_out[np.argsort(run.dataset.targets[held_out].numpy(), kind="stable")]
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
-        weigh = functools.partial(batches.weigh, model)
-        photos = [(reading.open_photo(run.dataset.paths[row]), run.dataset.metadata[row]) for row in rows]
-        see = functools.partial(plant.heat_map, resize=run.dataset.resize)
-        heats = [see(photo, weigh=functools.partial(weigh, metadata)) for photo, metadata in photos]
+        photos = [reading.open_photo(run.dataset.paths[row]) for row in rows]
+        weigh = [functools.partial(batches.weigh, model, run.dataset.metadata[row]) for row in rows]
+        heats = list(map(plant.heat_map, photos, weigh))
         result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(np.stack(heats))}
     return result
 
@@ -145,16 +147,47 @@ def describe_features(found):
 # ---------------------------------------------------------------- does it look at the plant?
 
 
+def rows_to_erase(run, args):
+    """The rows that are predicted with their plant erased, and all but their plant: at most MOST_ERASED, by chance."""
+    count = 0 if args.no_erasing else min(MOST_ERASED, len(run.labels))
+    return np.sort(np.random.default_rng(args.seed).permutation(len(run.labels))[:count])
+
+
 def judge_erased(table, shares):
-    """Correlation of predictions with measurements, of photos whole and erased, each with an interval; the verdict."""
-    metrics = {}
+    """Correlation of predictions with measurements, of photos whole and erased, each with an interval; the verdict.
+
+    `shares` of the frame are what shows plant in each photo of which the table holds predictions erased.
+    """
+    metrics = {"photos_erased": len(shares), "photos_without_plant": int((shares == 0).sum())}
     for name in ("predicted", *ERASED):
+        rows = table.dropna(subset=name)
         key = "val_r" if name == "predicted" else f"val_r_{name.replace(' ', '_')}"
-        metrics[key] = correlation(table[name], table["measured"])
-        metrics[f"{key}_ci95"] = correlation_interval(table[name], table["measured"], table["_plant"])
-    metrics |= {"photos_without_plant": int((shares == 0).sum()), "looks_at": verdict(metrics, shares)}
+        metrics[key] = correlation(rows[name], rows["measured"])
+        metrics[f"{key}_ci95"] = correlation_interval(rows[name], rows["measured"], rows["_plant"])
+    metrics["looks_at"] = verdict(metrics, shares)
     logger.info(metrics["looks_at"])
     return metrics
+
+
+def verdict(metrics, shares):
+    """One sentence of three, by the share of the correlation that is left once the plant is erased.
+
+    Where nothing says that what was erased is the plant, none of the three.
+    """
+    whole, erased, alone = (metrics[f"val_r{name}"] for name in ("", "_plant_erased", "_background_erased"))
+    without, middle = (shares == 0).mean(), np.median(shares)
+    if metrics["val_r_ci95"] and metrics["val_r_ci95"][0] <= 0:
+        return f"no weight can be read from these photos: r {whole:.2f}"
+    withheld = "whether the weight is read from the plants cannot be told: "
+    if without > 1 - tm.WITH_PLANT:
+        return f"{withheld}{without:.0%} of the photos show no green that could be taken for a plant"
+    if not LEAST_PLANT < middle < MOST_PLANT:
+        return f"{withheld}what is green takes {middle:.2%} of the middle photo, so it is hardly the plant"
+    share = max(erased, 0) / whole
+    kinds = {1 / 3: "from the plants", 2 / 3: "partly from the background", math.inf: "mostly from the background"}
+    kind = next(kind for limit, kind in kinds.items() if share <= limit)
+    numbers = f"r {whole:.2f}, plants erased {erased:.2f}, all else erased {alone:.2f}"
+    return f"the weight is read {kind}: {numbers}; {(shares == 0).sum():,} of {len(shares):,} photos show no plant"
 
 
 def correlation(x, y):
@@ -178,27 +211,6 @@ def r_of_sums(sums):
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
     below = np.sqrt(np.maximum((n * xx - x**2) * (n * yy - y**2), 0))
     return np.divide(n * xy - x * y, below, out=np.zeros_like(below), where=below > 0)
-
-
-def verdict(metrics, shares):
-    """One sentence of three, by the share of the correlation that is left once the plant is erased.
-
-    `shares` of the frame are what was erased of each photo. Where that is not the plant, none of the three.
-    """
-    whole, erased, alone = (metrics[f"val_r{name}"] for name in ("", "_plant_erased", "_background_erased"))
-    without, middle = (shares == 0).mean(), np.median(shares)
-    if metrics["val_r_ci95"] and metrics["val_r_ci95"][0] <= 0:
-        return f"no weight can be read from these photos: r {whole:.2f}"
-    withheld = "whether the weight is read from the plants cannot be told: "
-    if without > 1 - WITH_PLANT:
-        return f"{withheld}{without:.0%} of the photos show no green that could be taken for a plant"
-    if not LEAST_ERASED < middle < MOST_ERASED:
-        return f"{withheld}what is green takes {middle:.1%} of the middle photo, so it is hardly the plant"
-    share = max(erased, 0) / whole
-    kinds = {1 / 3: "from the plants", 2 / 3: "partly from the background", math.inf: "mostly from the background"}
-    kind = next(kind for limit, kind in kinds.items() if share <= limit)
-    numbers = f"r {whole:.2f}, plants erased {erased:.2f}, all else erased {alone:.2f}"
-    return f"the weight is read {kind}: {numbers}; {(shares == 0).sum():,} photos had no plant to erase"
 
 
 def draw_where_it_looks(run, heats, table, args):
@@ -269,17 +281,19 @@ def held_out_table(run, splits, results, args):
     tables = []
     for fold, (split, result) in enumerate(zip(splits.values(), results, strict=True), start=1):
         table = writing.prediction_table(run.labels, split, result["predicted"], args, fold)
-        tables.append(table.assign(**{name: result[name].numpy() for name in ERASED if name in result}))
+        erased = np.intersect1d(split[1], rows_to_erase(run, args))
+        for name in ERASED if len(erased) else ():
+            table[name] = pd.Series(result[name].numpy(), erased)
+        tables.append(table)
     return pd.concat(tables)
 
 
-def pool_metrics(run, table, splits, final, args):
+def pool_metrics(run, table, splits, shares, args):
     """What metrics.txt says of all held-out rows together, of each fold, of erased photos and within groups."""
     how = "training plants kept aside" if args.patience else "none"
-    metrics = writing.metrics_of(table, final["epoch"], how, [], args)
+    metrics = writing.metrics_of(table, None, how, [], args)
     metrics |= {"val_rows": len(table), "val_plants": int(table["_plant"].nunique())}
-    if not args.no_erasing:
-        shares = features.measure(plant.erased_share, run.dataset, run.batches.store)
+    if len(shares):
         metrics |= judge_erased(table, shares)
     each = [{"fold": fold, **writing.scores(rows)} for fold, rows in table.groupby("fold")]
     each = [scores | tm.count_sides(run.labels, split) for scores, split in zip(each, splits.values(), strict=True)]
@@ -290,12 +304,14 @@ def pool_metrics(run, table, splits, final, args):
 
 def cross_validate(argv, started):
     """The whole run, from the flags to the report; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    args = tm.parse_arguments(build_parser(), argv)
     run = tm.prepare("cross_validate.py", argv, args, started, recipe=[judge_fold, train_on_all])
     splits, rows, done = folds_by_plant(run.labels, args), np.arange(len(run.labels)), run.progress.results
     writing.open_log(args.log_path, append=bool(done or run.progress.states))
     tm.log_run(run.description)
-    run.batches.collect(rows, rows, {} if args.no_erasing else dict.fromkeys(ERASED.values(), rows))
+    erased = rows_to_erase(run, args)
+    run.batches.collect(rows, rows, dict.fromkeys(ERASED.values(), erased) if len(erased) else {})
+    shares = run.batches.measured(erased)[:, plant.MEASURED.index("share")] if len(erased) else erased
     for name, split in splits.items():
         if name in done:
             logger.info(f"{name}was done before")
@@ -307,7 +323,7 @@ def cross_validate(argv, started):
     if run.accelerator.is_main_process:
         history = [{"fold": fold, **row} for fold, result in enumerate(results, 1) for row in result["history"]]
         history += [{"fold": 0, **row} for row in final["history"]]
-        metrics = pool_metrics(run, table, splits, final, args)
+        metrics = pool_metrics(run, table, splits, shares, args) | {"epoch": final["epoch"]}
         panel = functools.partial(plot_within, metrics["within"], args) if "within" in metrics else None
         tm.finish(table, history, metrics, run, args, panel)
         if not args.no_erasing:

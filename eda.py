@@ -17,6 +17,7 @@ import sys
 if __name__ == "__main__":  # before the libraries, which take seconds to load
     signal.signal(signal.SIGINT, lambda *_: (sys.stderr.write("eda.py: interrupted\n"), os._exit(130)))
 
+import functools
 import hashlib
 import io
 import logging
@@ -25,6 +26,7 @@ from pathlib import Path
 
 try:
     from biomass import plant, reading, writing
+    from biomass.reading import UserError
 except ModuleNotFoundError as error:
     sys.exit(f"error: eda.py needs the folder biomass/ beside it: copy it there too ({error})")
 
@@ -59,22 +61,23 @@ def load_sheet(args):
         sheet[column] = numbers if fits or column in [args.target, *NUMBERS] else cells
     if args.target == "filename" or not sheet[args.target].count():
         text = f"no row of {args.labels_path} has a number in '{args.target}'"
-        raise reading.UserError(f"{text}: name the column of the weights by --target")
+        raise UserError(f"{text}: name the column of the weights by --target")
     rows = reading.load_rows(typed, args)
     missing = pd.Series([fault for _, fault in found], typed.index)
     return sheet, typed, reading.blame(rows, missing != "", missing)["_fault"], missing
 
 
-def scan_photos(named, folder):
+def scan_photos(named, folder, with_traits=False):
     """Open once each photo that is named or in the folder, by threads, as Pillow releases the interpreter."""
     own = [name for name in os.listdir(folder) if name.lower().endswith(reading.PHOTO_SUFFIXES) and name[0] != "."]
     names = sorted({*named.dropna(), *(name for name in own if (folder / name).is_file())})
-    looks = thread_map(scan_photo, [folder / name for name in names], desc="photos", unit="photo", disable=None)
-    columns = ["problem", "mode", "size", "digest", "green_area", *CHANNELS]
+    scan = functools.partial(scan_photo, with_traits)
+    looks = thread_map(scan, [folder / name for name in names], desc="photos", unit="photo", disable=None)
+    columns = ["problem", "mode", "size", "digest", "green_area", "traits", *CHANNELS]
     return pd.DataFrame(looks, index=pd.Index(names, dtype=object), columns=columns)
 
 
-def scan_photo(path):
+def scan_photo(with_traits, path):
     """What one photo tells: mode, size, digest of its pixels, green area and mean channels (0..1), or its problem."""
     try:
         content = reading.read_file(path)
@@ -84,7 +87,8 @@ def scan_photo(path):
     size = f"{photo.width}x{photo.height}"
     digest = hashlib.sha256(size.encode() + photo.tobytes()).hexdigest()
     means = dict(zip(CHANNELS, np.array(ImageStat.Stat(photo).mean) / 255, strict=True))
-    return {"mode": mode, "size": size, "digest": digest, "green_area": plant.green_area(photo)} | means
+    found = {"mode": mode, "size": size, "digest": digest, "green_area": plant.green_area(photo)} | means
+    return found | ({"traits": plant.measure_traits(photo)} if with_traits else {})
 
 
 def name_cells(typed, rows, *columns):
@@ -277,6 +281,9 @@ def build_parser():
     add = parser.add_argument_group("output").add_argument
     add("--figures_dir", type=Path, default="figures", help="folder of the plots")
     add("--summary_path", type=Path, default="results/eda_summary.json", help="JSON")
+    add("--traits", type=Path, metavar="CSV", help="also write the traits of the plant in each photo")
+    scale = writing.number(float, 0, ends=False)
+    add("--mm_per_pixel", type=scale, help="scale of the photos: traits in mm, else in pixels")
     seed = writing.number(int, 0, 2**32 - 1)
     add("--seed", type=seed, default=42, help="of the sample photos, the jitter and the folds of the baselines")
     return parser
@@ -292,9 +299,14 @@ def explore(argv, started):
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "figure.titlesize": 10})
     warnings.simplefilter("ignore")  # of the libraries on odd data, which the audit names
     sheet, typed, drops, missing = load_sheet(args)
-    outputs = [args.summary_path, *(args.figures_dir / f"{plot.__name__}.png" for plot in FIGURES)]
+    outputs = [
+        args.summary_path,
+        *filter(None, [args.traits]),
+        *(args.figures_dir / f"{plot.__name__}.png" for plot in FIGURES),
+    ]
     writing.check_writable(outputs, [args.labels_path], args.image_dir)
-    photos, drawn = scan_photos(sheet["filename"], args.image_dir), reading.is_drawn(args.labels_path)
+    photos = scan_photos(sheet["filename"], args.image_dir, bool(args.traits))
+    drawn = reading.is_drawn(args.labels_path)
     summary = summarize(sheet, typed, drops, missing, photos, args.target)
     heading = f"{len(sheet)} rows, {len(photos)} photos{' drawn data, not measured' if drawn else ''}"
     logger.info("\n- ".join([heading, *summary["data_quality_issues"]]))
@@ -303,7 +315,15 @@ def explore(argv, started):
     for plot in FIGURES:
         write_figure(plot, sheet, photos, args)
     writing.write_json(summary, args.summary_path)
+    if args.traits:
+        write_traits(photos["traits"].dropna(), args)
     return 0
+
+
+def write_traits(traits, args):
+    table = plant.trait_table(np.stack(list(traits)), args.mm_per_pixel)
+    with writing.whole_file(args.traits) as partial:
+        table.assign(filename=traits.index).set_index("filename").to_csv(partial, float_format="%.6g")
 
 
 def main(argv=None):

@@ -6,9 +6,10 @@
     python predict.py --export biomass.onnx                         the model for other programs
     torchrun --standalone --nproc_per_node 4 predict.py photos/     by four processes, each with a GPU of its own
 
-Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, predicted_g, low_g, high_g and note:
-from low to high lie 90 % (--coverage) of the weights of plants never seen; this, and the note `unlike training photos`,
-need a model of cross_validate.py. A photo that cannot be read has the reason in its note; the exit status is then 1.
+Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, predicted_g, low_g, high_g, note and
+the traits of the plant (area, axes, colours, ...): from low to high lie 90 % (--coverage) of the weights of plants
+never seen; this, and the note `unlike training photos`, need a model of cross_validate.py. A photo that cannot be read
+has the reason in its note; the exit status is then 1.
 """
 
 import functools
@@ -18,6 +19,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +27,7 @@ import torch
 
 import train_model as tm
 from biomass import features, plant, reading, writing
+from biomass.reading import UserError
 
 UNLIKE = "unlike training photos"
 SHOWN = 12  # photos with a heat map
@@ -34,7 +37,33 @@ MARKS = {"outside": "outside interval", "unlike": "unlike training"}  # what a r
 logger = logging.getLogger("biomass")
 
 
-# ---------------------------------------------------------------- photos
+# ---------------------------------------------------------------- model and photos
+
+
+def read_checkpoint(path):
+    """What train_model.py saved, and its `model`, as a namespace. Raises UserError for any other file."""
+    if not path.is_file():
+        raise UserError(f"no model at {path}: train one by train_model.py, or pass --model")
+    try:
+        checkpoint = SimpleNamespace(**torch.load(path, map_location="cpu", weights_only=True))
+        settings, state = checkpoint.settings, checkpoint.model_state
+        backbone = tm.Backbone(settings["name"], settings["size"], settings["stages"])
+        width = sum(len(step["categories"]) if "categories" in step else 2 for step in checkpoint.metadata)
+        checkpoint.metadata_width = width
+        traits = len(plant.TRAITS) if settings["traits"] else 0
+        checkpoint.model = tm.BiomassModel(backbone, None, traits, width, settings["target_transform"]).eval()
+        checkpoint.model.load_state_dict(state)
+        checkpoint.model.plan = checkpoint.metadata
+        checkpoint.familiar = {name: value.numpy() for name, value in (checkpoint.familiar or {}).items()}
+        if checkpoint.calibration:
+            writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
+        if not isinstance(checkpoint.unit + checkpoint.target, str):
+            raise TypeError("its target is no text")
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
+        raise UserError(f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})") from error
+    return checkpoint
 
 
 def find_rows(args, checkpoint):
@@ -44,14 +73,14 @@ def find_rows(args, checkpoint):
         return rows_of_sheet(args, checkpoint.target, columns)
     if columns:
         text = f"{args.model} has learned from {', '.join(columns)} too"
-        raise reading.UserError(f"{text}: pass them by --labels_path")
+        raise UserError(f"{text}: pass them by --labels_path")
     found = {}
     for path in map(Path, args.photos):
         inside = sorted(path.rglob("*") if args.recursive else path.iterdir()) if path.is_dir() else [path]
         photos = [one for one in inside if one.is_file() and (one == path or is_photo(one.name))]
         if not photos:
             suffixes = ", ".join(reading.PHOTO_SUFFIXES)
-            raise reading.UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
+            raise UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
     rows = pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""})
@@ -67,7 +96,7 @@ def rows_of_sheet(args, target, columns):
     named = sheet.dropna(subset="filename").reset_index(drop=True)
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:
-        raise reading.UserError(f"no row of {args.labels_path} has a file name")
+        raise UserError(f"no row of {args.labels_path} has a file name")
     paths, faults = zip(*reading.find_photos(named["filename"], args.image_dir), strict=True)
     measured = reading.to_numbers(named[target]) if target in named else np.nan
     return named[["filename", *columns]].assign(_path=paths, _fault=faults, **{target: measured})
@@ -90,6 +119,13 @@ def weigh_rows(rows, checkpoint, batches):
     return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
 
 
+def add_traits(table, batches, mm_per_pixel):
+    """`table` with the traits of the plants in the photos, in pixels of the photos or mm."""
+    good = table.index[table["_fault"] == ""]
+    traits = plant.trait_table(batches.measured(np.arange(len(good))), mm_per_pixel)
+    return table.join(traits.set_axis(good))
+
+
 def add_interval(table, checkpoint, coverage):
     """`table` with low, high and outside (what was measured is), and the coverage, lowered to what can be promised."""
     calibration = checkpoint.calibration
@@ -110,7 +146,7 @@ def add_interval(table, checkpoint, coverage):
 # ---------------------------------------------------------------- report
 
 
-def write_table(table, checkpoint, path):
+def write_table(table, traits, checkpoint, path):
     note = table["_fault"].mask(table["unlike"], UNLIKE)
     for step in checkpoint.metadata:
         cells, known = table[step["column"]], step.get("categories")
@@ -118,7 +154,7 @@ def write_table(table, checkpoint, path):
         note = note.mask(lacks, (note + f"; without {step['column']}").str.removeprefix("; "))
     numbers = table[["predicted", "low", "high"]].add_suffix(f"_{checkpoint.unit}" if checkpoint.unit else "")
     with writing.whole_file(path) as partial:
-        written = pd.concat([table["filename"], numbers, note.rename("note")], axis=1)
+        written = pd.concat([table["filename"], numbers, note.rename("note"), traits], axis=1)
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
@@ -177,7 +213,7 @@ def explain(table, checkpoint, batches, args):
         photo = reading.open_photo(row["_path"])
         weigh = functools.partial(batches.weigh, checkpoint.model, metadata[number])
         title = f"{writing.plain(row['filename'])[-22:]}\npredicted {row['predicted']:.3f} {checkpoint.unit}".rstrip()
-        items.append((photo, plant.heat_map(photo, batches.dataset.resize, weigh), title))
+        items.append((photo, plant.heat_map(photo, weigh), title))
     if items:
         writing.draw_heat(items, args.explain, checkpoint.unit, args.labels_path)
 
@@ -185,36 +221,44 @@ def explain(table, checkpoint, batches, args):
 # ---------------------------------------------------------------- export
 
 
-class Grams(torch.nn.Sequential):
-    """Photos uint8 (n, 3, height, width), and metadata as encoded, to predictions (n,): one graph for export."""
+class Grams(torch.nn.Module):
+    """Photos uint8 (n, 3, height, width), traits and metadata as encoded to predictions (n,): one graph for export."""
 
-    def forward(self, photos, metadata=None):
-        model, size, mode = self[0], [self[0].backbone.size] * 2, self[0].backbone.interpolation.name.lower()
+    def __init__(self, model, augmentation):
+        super().__init__()
+        self.model, self.versions = model, augmentation.of_tensor
+
+    def forward(self, photos, traits=None, metadata=None):
+        size, mode = [self.model.backbone.size] * 2, self.model.backbone.interpolation.name.lower()
         images = torch.nn.functional.interpolate(photos.float(), size, mode=mode, antialias=True)
-        metadata = torch.zeros(len(photos), 0) if metadata is None else metadata
-        return model.predict(images.round().clamp(0, 255)[:, None], metadata)
+        beside = (torch.zeros(len(photos), 0) if part is None else part for part in (traits, metadata))
+        return self.model.predict(self.versions(images.round().clamp(0, 255)), *beside)
 
 
 def check_export():
     if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise reading.UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
+        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
 
 
 def export(checkpoint, path):
     """Write the model as ONNX, once onnxruntime gives the same predictions as PyTorch; its inputs are those of Grams.
 
-    The photos are RGB, upright and of any one size, the metadata as reading.encode_metadata gives them.
+    The photos are RGB, upright and of any one size, the traits the first of plant.measure_traits, in the order of
+    plant.TRAITS, the metadata as reading.encode_metadata gives them.
     """
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    grams = Grams(checkpoint.model.cpu().to(memory_format=torch.contiguous_format)).eval()
+    augmentation = tm.AUGMENTATIONS[checkpoint.settings["augmentation"]](0, 0)
+    grams = Grams(checkpoint.model.cpu().to(memory_format=torch.contiguous_format), augmentation).eval()
     photos = torch.randint(256, (3, 3, 300, 200), dtype=torch.uint8, generator=torch.manual_seed(0))
     inputs, dims = {"photos": photos}, {"photos": {0: "n", 2: "height", 3: "width"}}
-    if checkpoint.metadata:
-        inputs["metadata"] = torch.zeros(3, checkpoint.metadata_width)
-        dims["metadata"] = {0: "n"}
-    names = {"input_names": list(inputs), "output_names": ["predicted"]}
+    widths = {"traits": len(plant.TRAITS) * checkpoint.settings["traits"], "metadata": checkpoint.metadata_width}
+    for name, width in widths.items():
+        inputs |= {name: torch.zeros(3, width) if width else None}
+        dims |= {name: {0: "n"} if width else None}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    names = {"input_names": list(given), "output_names": ["predicted"]}
     with writing.whole_file(path) as partial, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what an export says of its own steps
         try:
@@ -223,11 +267,11 @@ def export(checkpoint, path):
         except torch.onnx.OnnxExporterError as error:  # old releases cannot write how a photo is resized
             text = f"--export: {reading.one_line(error)[:80]}"
             more = "newer packages may: pip install -U torch torchvision onnxscript"
-            raise reading.UserError(f"{text}; {more}") from error
+            raise UserError(f"{text}; {more}") from error
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
-        answer = session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        answer = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
         if not np.allclose(answer, wanted := grams(*inputs.values()).numpy(), rtol=1e-3, atol=1e-4):
-            raise reading.UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
+            raise UserError(f"not written: ONNX gives {answer[0]:.6g} where PyTorch gives {wanted[0]:.6g}")
 
 
 # ---------------------------------------------------------------- command line
@@ -249,24 +293,23 @@ def build_parser():
     add(
         "--coverage", type=writing.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval"
     )
+    scale = writing.number(float, 0, ends=False)
+    add("--mm_per_pixel", type=scale, help="scale of the photos: traits in mm, else in pixels")
     add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
     add("--explain", type=Path, metavar="PNG", help="picture of where the model looks, on a dozen of the photos")
     add("--export", type=Path, metavar="FILE.onnx", help="write the model for other programs; photos are then optional")
-    # of the flags of train_model.py, what its functions ask for that predict too
-    parser.set_defaults(freeze_backbone=True, unfreeze_from=None, standardize_features=False, track=None)
-    parser.set_defaults(num_workers=0, batch_size=256, epochs=0, augment_views=0, results_dir=None)
     return parser
 
 
 def check_arguments(args):
     if bool(args.photos) == bool(args.labels_path) and not (args.export and not args.photos):
-        raise reading.UserError("pass either photos and folders, or --labels_path with a sheet")
+        raise UserError("pass either photos and folders, or --labels_path with a sheet")
     for picture in filter(None, (args.sheet, args.explain)):
         if picture.suffix.lower() != ".png":
-            raise reading.UserError(f"{picture}: a picture's name must end in .png")
+            raise UserError(f"{picture}: a picture's name must end in .png")
     if args.image_dir and not args.labels_path:
         text = "--image_dir is the folder of a sheet's photos"
-        raise reading.UserError(f"{text}: pass --labels_path too, or the folder alone")
+        raise UserError(f"{text}: pass --labels_path too, or the folder alone")
     args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
     for folder in [*args.photos, args.image_dir]:
         outputs = filter(None, (args.out, args.sheet, args.explain, args.export))
@@ -279,8 +322,9 @@ def predict(argv, started):
     """The whole run, from the flags to the table; returns the exit status."""
     args = build_parser().parse_args(argv)
     check_arguments(args)
-    checkpoint = tm.read_checkpoint(args.model)
-    args.target = checkpoint.target
+    checkpoint = read_checkpoint(args.model)
+    others = vars(tm.build_parser().parse_args([])) | {"epochs": 0, "batch_size": 256}  # which tm's functions ask for
+    args = SimpleNamespace(**others | vars(args) | {"target": checkpoint.target})
     accelerator = start(args, checkpoint, started)
     engine = features.Engine(checkpoint.model.backbone, accelerator.device, args.precision)
     logger.info(f"{args.model}: {checkpoint.settings['name']} by {engine.name}")
@@ -292,14 +336,18 @@ def predict(argv, started):
             rows = reading.look_at_files(rows, known, decode=True)
             store.remember_photos(known)
         good = rows[rows["_fault"] == ""]
-        dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, tm.Augmentation(0, 0))
+        augmentation = tm.AUGMENTATIONS[checkpoint.settings["augmentation"]](0, 0)
+        dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, augmentation)
         dataset.metadata = torch.from_numpy(reading.encode_metadata(good, checkpoint.metadata))
         batches = tm.Batches(dataset, engine, store, args, accelerator)
+        if checkpoint.settings["traits"]:
+            dataset.traits[None] = batches.traits(np.arange(len(good)))
         table, coverage = add_interval(weigh_rows(rows, checkpoint, batches), checkpoint, args.coverage)
         log_summary(table, checkpoint, coverage)
+        traits = plant.trait_table(batches.measured(np.arange(len(good))), args.mm_per_pixel).set_axis(good.index)
         unreadable = (table["_fault"] != "").any()
         if accelerator.is_main_process:
-            write_table(table, checkpoint, args.out)
+            write_table(table, traits, checkpoint, args.out)
             if args.sheet:
                 draw_sheet(table, checkpoint, args)
             if args.explain:

@@ -34,7 +34,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 try:
-    from biomass import features, reading, writing
+    from biomass import features, plant, reading, writing
+    from biomass.reading import UserError
 except ModuleNotFoundError as error:
     sys.exit(f"error: {Path(__file__).name} needs the folder biomass/ beside it: copy it there too ({error})")
 
@@ -43,11 +44,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
-from PIL import ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 SAVE_EVERY = 30  # seconds between two states of a running training
+WITH_PLANT = 0.95  # share of photos that show a plant from which on its traits go in
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
 PLACES += ["num_workers", "resume", "device", "track"]  # none of them changes the result
 
@@ -72,13 +74,21 @@ class Augmentation:
     def __init__(self, seed, views):
         self.seed, self.views = seed, views
 
-    def trained(self, epoch):
-        """The version on which an epoch trains; epochs count from 1."""
+    def trained(self, number):
+        """The version on which a pass over the training photos trains; passes count from 0 over all epochs."""
         return 0
+
+    def kept(self, passes):
+        """The versions on which so many passes train, as far as they come again."""
+        return {self.trained(number) for number in range(passes)}
 
     def make(self, photo, version, content):
         """A version other than 0 of a Pillow photo of the backbone's size; `content` is the digest of its file."""
         raise NotImplementedError
+
+    def of_tensor(self, images):
+        """The predicted versions (n, versions, 3, size, size) of photos (n, 3, size, size)."""
+        return images[:, None]
 
     def describe(self, version):
         """What a version hangs on, besides the code above."""
@@ -90,8 +100,11 @@ class StudyAugmentation(Augmentation):
 
     FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1
 
-    def trained(self, epoch):
-        return 1 + ((epoch - 1) % self.views if self.views else epoch - 1)
+    def trained(self, number):
+        return 1 + (number % self.views if self.views else number)
+
+    def kept(self, passes):
+        return super().kept(passes) if self.views else set()
 
     def make(self, photo, version, content):
         # not torchvision's, which draw from the global generator and so hang on the order of threads
@@ -110,7 +123,34 @@ class StudyAugmentation(Augmentation):
         return f"{version} of seed {self.seed}"
 
 
-DROPOUT, HEAD_WIDTH, METADATA_WIDTH = 0.3, 256, 32  # the study's head, and the one of the metadata beside it
+class Symmetries(Augmentation):
+    """The photo, its three quarter turns, and the mirror images of the four: to a camera above, eight of one plant.
+
+    They are exact, without resampling or corners. Passes train on one after the other, a prediction is their mean.
+    """
+
+    predicted = tuple(range(8))
+
+    def trained(self, number):
+        return number % 8
+
+    def make(self, photo, version, content):
+        return photo.transpose(Image.Transpose(version - 1))  # which numbers the seven others from 0
+
+    def of_tensor(self, images):
+        halves = [half for side in (images, images.transpose(2, 3)) for half in (side, side.flip(2))]
+        return torch.stack([part for half in halves for part in (half, half.flip(3))], 1)
+
+
+RECIPES = {  # flags; one that is given beside --recipe wins
+    "study": "",
+    "recommended": """--model_name tf_efficientnet_lite0 --image_size 288 --features last stages traits
+        --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
+        --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
+}
+AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
+HEAD_WIDTH, METADATA_WIDTH = 256, 32  # the study's head, and the one of the metadata beside it
+TRAITS_WEIGHT, MOST_DEVIATIONS = 12, 4  # deviation of a trait where that of a feature is 1; beyond which traits are cut
 
 
 class Head(nn.Module):
@@ -119,9 +159,9 @@ class Head(nn.Module):
     Metadata go through a smaller one beside it, and both meet in the last layer.
     """
 
-    def __init__(self, width, metadata_width=0):
+    def __init__(self, width, metadata_width, dropout):
         super().__init__()
-        self.features = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(width, HEAD_WIDTH), nn.ReLU())
+        self.features = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, HEAD_WIDTH), nn.ReLU())
         beside = METADATA_WIDTH if metadata_width else 0
         self.metadata = nn.Sequential(nn.Linear(metadata_width, beside), nn.ReLU()) if metadata_width else None
         self.last = nn.Linear(HEAD_WIDTH + beside, 1)
@@ -141,7 +181,7 @@ def split_by_plant(labels, args):
     except ValueError as error:
         named = reading.group_name(args.group_by)
         text = f"--val_split {args.val_split} of {labels['_plant'].nunique()} {named}(s) leaves a side"
-        raise reading.UserError(f"{text} of the split empty: change it, or name other columns in --group_by") from error
+        raise UserError(f"{text} of the split empty: change it, or name other columns in --group_by") from error
 
 
 def check_split(labels, split, args, name=""):
@@ -154,9 +194,9 @@ def check_split(labels, split, args, name=""):
         rows = reading.name_rows(labels.iloc[train_rows[shared]])
         logger.info(f"{name}left {shared.sum()} training rows out, their photo is in validation too: {rows}")
     if shared.all():
-        raise reading.UserError("every training photo is a copy of a validation photo: nothing is left to train on")
+        raise UserError("every training photo is a copy of a validation photo: nothing is left to train on")
     if labels[args.target].iloc[train_rows[~shared]].nunique() < 2:
-        raise reading.UserError(f"all training rows have the same {args.target}: nothing can be learned from one value")
+        raise UserError(f"all training rows have the same {args.target}: nothing can be learned from one value")
     for side, rows in (("train", train_rows[~shared]), ("validation", val_rows)):
         plural = f"{len(set(plants[rows])):,} {reading.group_name(args.group_by)}s"
         mean = f"{labels[args.target].iloc[rows].mean():.4f} {reading.unit_of(args.target)}".rstrip()
@@ -170,15 +210,16 @@ def check_split(labels, split, args, name=""):
 class BiomassDataset(Dataset):
     """Photos in their versions, with metadata and target; a photo is opened when it is asked for.
 
-    `dataset[row, versions, edit]` is uint8 (len(versions), 3, size, size), float32 metadata (m,) and the target ();
-    `dataset[row]` holds the photo as it is. A version depends on the photo's content, its number and the augmentation;
-    an edit is None or a function from Pillow image to Pillow image that is applied before.
+    `dataset[row, versions, edit]` is uint8 (len(versions), 3, size, size), float32 traits (t,), metadata (m,) and the
+    target (); `dataset[row]` holds the photo as it is. A version depends on the photo's content, its number and the
+    augmentation; an edit is None or a function from Pillow image to Pillow image that is applied before. `traits` are
+    those of the photos by edit, (n, t), NaN where they were not measured, and t is 0 where the model has none.
     """
 
     def __init__(self, labels, args, backbone, augmentation):
         self.paths, self.contents = labels["_path"].to_numpy(object), labels["_content"].to_numpy(object)
         self.targets = torch.tensor(labels[args.target].to_numpy(np.float32))
-        self.metadata = torch.zeros(len(labels), 0)
+        self.metadata, self.traits = torch.zeros(len(labels), 0), {None: torch.zeros(len(labels), 0)}
         self.size, self.interpolation, self.num_workers = backbone.size, backbone.interpolation, args.num_workers
         self.labels, self.augmentation = labels, augmentation
 
@@ -193,7 +234,11 @@ class BiomassDataset(Dataset):
         items = [item if isinstance(item, tuple) else (item, (0,), None) for item in items]
         with ThreadPoolExecutor(reading.cores()) as pool:
             photos = list(pool.map(lambda item: self.look(*item), items))
-        return [(photo, self.metadata[row], self.targets[row]) for photo, (row, *_) in zip(photos, items, strict=True)]
+        return [(photo, *self.beside(row, edit)) for photo, (row, _, edit) in zip(photos, items, strict=True)]
+
+    def beside(self, rows, edit=None):
+        """What goes into the model beside the photo, and the targets."""
+        return self.traits[edit][rows], self.metadata[rows], self.targets[rows]
 
     def look(self, row, versions, edit):
         try:
@@ -202,11 +247,9 @@ class BiomassDataset(Dataset):
         except MemoryError:
             raise
         except Exception as error:
-            raise reading.UserError(
-                f"{self.paths[row]}: {reading.fault_of(error)}; replace it or remove its row"
-            ) from None
+            raise UserError(f"{self.paths[row]}: {reading.fault_of(error)}; replace it or remove its row") from None
         if reading.digest(content) != self.contents[row]:
-            raise reading.UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
+            raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         return self.pixels(photo, versions, edit, self.contents[row])
 
     def pixels(self, photo, versions=(0,), edit=None, content=""):
@@ -240,7 +283,7 @@ class Backbone(nn.Module):
             self.width = self.find_stages(stages)
         except (RuntimeError, ValueError, AssertionError) as error:
             flag = f"--image_size {size} does not suit {name}" if size else f"--model_name {name}"
-            raise reading.UserError(f"{flag}: {reading.one_line(error)}") from error
+            raise UserError(f"{flag}: {reading.one_line(error)}") from error
 
     @torch.inference_mode()
     def find_stages(self, stages):
@@ -277,26 +320,27 @@ class Backbone(nn.Module):
 class BiomassModel(nn.Module):
     """A Backbone and a Head: photos (n, versions, 3, size, size), or features (n, versions, width), to (n, versions).
 
+    Traits go into the head as further features: what has a size also as its logarithm, all standardised and cut.
     `learn_from` names the part of the network from which on it learns: None freezes it whole, "" lets all of it learn.
     What does not learn stays in eval mode, as BatchNorm would follow the photos without any gradient.
     """
 
-    def __init__(self, backbone, learn_from=None, metadata_width=0, target_transform="none"):
+    def __init__(self, backbone, learn_from=None, traits=0, metadata=0, target_transform="none", dropout=0.3):
         super().__init__()
         self.backbone, self.target_transform, self.learns = backbone, target_transform, learn_from is not None
         paths = [path for path, _ in backbone.net.named_modules()]  # in the order in which the network lists them
         if learn_from and not (learn_from in paths and [*backbone.net.get_submodule(learn_from).parameters()]):
             some = ", ".join(path for path, _ in backbone.net.named_children())
-            raise reading.UserError(
-                f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}"
-            )
+            raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
         self.frozen = paths[: paths.index(learn_from)] if self.learns else paths
         for path in self.frozen:
             for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
                 parameter.requires_grad_(False)
-        self.head = Head(backbone.width, metadata_width)
-        self.register_buffer("feature_mean", torch.zeros(backbone.width))
-        self.register_buffer("feature_scale", torch.ones(backbone.width))
+        inputs = traits + len(plant.SIZES) if traits else 0
+        self.head = Head(backbone.width + inputs, metadata, dropout)
+        for name, width in {"feature": backbone.width, "trait": inputs}.items():
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_scale", torch.ones(width))
         for name, value in {"target_mean": 0.0, "target_scale": 1.0, "ratio": 1.0, "lowest": -math.inf}.items():
             self.register_buffer(name, torch.tensor(value))
 
@@ -306,23 +350,36 @@ class BiomassModel(nn.Module):
             self.backbone.net.get_submodule(path).training = False
         return self
 
-    def forward(self, inputs, metadata):
+    def forward(self, inputs, traits, metadata):
         """Outputs in the unit of the loss; the head computes in fp32 whatever the backbone does."""
         count, versions = inputs.shape[:2]
-        inputs, metadata = inputs.flatten(0, 1), metadata.repeat_interleave(versions, 0)
+        inputs = inputs.flatten(0, 1)
         found = self.backbone(inputs) if inputs.dim() == 4 else inputs
         with torch.autocast(found.device.type, enabled=False):
-            outputs = self.head((found.float() - self.feature_mean) / self.feature_scale, metadata)
+            found = (found.float() - self.feature_mean) / self.feature_scale
+            if len(self.trait_mean):
+                traits = (trait_inputs(traits) - self.trait_mean) / self.trait_scale
+                traits = traits.nan_to_num(0).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS) * TRAITS_WEIGHT
+                found = torch.cat([found, traits.repeat_interleave(versions, 0)], 1)
+            outputs = self.head(found, metadata.repeat_interleave(versions, 0))
         return outputs.view(count, versions)
 
-    def predict(self, inputs, metadata):
+    def predict(self, inputs, traits, metadata):
         """Predictions (n,) in the unit of the target: the mean over the versions, in grams."""
-        return self.to_grams(self(inputs, metadata)).mean(1)
+        return self.to_grams(self(inputs, traits, metadata)).mean(1)
 
     def fit_features(self, found):
         """Centre the features and divide all by one common deviation, as one by its own may be next to nothing."""
         self.feature_mean.copy_(found.mean(0))
         self.feature_scale.fill_(float((found - found.mean(0)).pow(2).mean().sqrt()) or 1.0)
+
+    def fit_traits(self, traits):
+        """Learn mean and deviation of each trait from training photos, of colours from those that show a plant."""
+        if traits.shape[1]:
+            inputs = trait_inputs(traits).double().numpy()
+            self.trait_mean.copy_(torch.from_numpy(np.nanmean(inputs, 0)))
+            deviation = np.nanstd(inputs, 0)
+            self.trait_scale.copy_(torch.from_numpy(np.where(deviation > 0, deviation, 1)))
 
     def fit_targets(self, targets):
         """Take from the training targets what --target_transform and the lowest possible prediction need."""
@@ -361,6 +418,11 @@ class BiomassModel(nn.Module):
         return state
 
 
+def trait_inputs(traits):
+    """Traits (n, len(plant.TRAITS)) with the logarithms of the sizes, as growth and allometry are power laws."""
+    return torch.cat([traits, torch.log1p(traits[:, : len(plant.SIZES)])], 1)
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -372,34 +434,64 @@ class Batches:
         self.held = {}
 
     def collect(self, train_rows, judged_rows, edits=None):
-        """Have the features ready, of a frozen backbone, that training and prediction will ask for.
+        """Have ready what training and prediction will ask for: traits, and features of a frozen backbone.
 
         `edits` are rows by edit, see BiomassDataset. With --augment_views 0 each epoch collects its own.
         """
-        if learns(self.args):
+        augmentation, args, edits = self.dataset.augmentation, self.args, edits or {}
+        whole = self.dataset.traits[None]
+        for edit, rows in edits.items():
+            self.dataset.traits[edit] = self.traits(rows, edit) if whole.shape[1] else whole
+        if learns(args):
             return
-        augmentation, args = self.dataset.augmentation, self.args
-        epochs = range(1, min(args.epochs, args.augment_views) + 1)
-        wanted = {(None, augmentation.trained(epoch)): train_rows for epoch in epochs}
+        wanted = {(None, version): train_rows for version in augmentation.kept(args.epochs * self.passes(train_rows))}
         judged_rows = np.union1d(judged_rows, train_rows) if args.standardize_features else judged_rows
         for version in augmentation.predicted:
             trained = wanted.get((None, version), judged_rows)
             wanted[None, version] = np.union1d(judged_rows, trained)
-            wanted |= {(edit, version): rows for edit, rows in (edits or {}).items()}
+            wanted |= {(edit, version): rows for edit, rows in edits.items()}
         self.held = dict.fromkeys(wanted, self.reader(wanted))
+
+    def add_traits(self):
+        """Give the dataset its photos' traits, if nearly all of them show a plant."""
+        rows = np.arange(len(self.dataset))
+        without = int((self.measured(rows)[:, 0] == 0).sum())
+        if without > (1 - WITH_PLANT) * len(rows):
+            logger.info(f"traits left out: {without:,} of {len(rows):,} photos show no plant to be measured")
+        else:
+            self.dataset.traits[None] = self.traits(rows)
+
+    def traits(self, rows, edit=None):
+        """Traits as the dataset holds them: (all rows, t), NaN where they were not measured."""
+        traits = torch.full((len(self.dataset), len(plant.TRAITS)), torch.nan)
+        traits[rows] = torch.from_numpy(self.measured(rows, edit))[:, : len(plant.TRAITS)]
+        return traits
+
+    def measured(self, rows, edit=None):
+        """What plant.MEASURED names of the rows' photos, from the store: float32 (len(rows), k)."""
+        return features.measure(plant.measure_traits, self.dataset, self.store, self.accelerator, (rows, edit))
 
     def reader(self, wanted):
         return features.collect(self.dataset, self.engine, self.store, wanted, self.accelerator)
 
-    def train(self, rows, epoch):
-        """Batches of an epoch, in an order of its own: inputs (n, 1, ...), metadata (n, m) and targets (n,)."""
-        rows = np.random.default_rng([self.args.seed, epoch]).permutation(rows)
-        if learns(self.args) and len(rows) % self.args.batch_size == 1:
-            rows = rows[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each epoch
-        return self.make(rows, (self.dataset.augmentation.trained(epoch),))
+    def train(self, rows, epoch, passes=None):
+        """Batches of an epoch, in an order of its own: inputs (n, 1, ...), traits, metadata and targets (n,).
+
+        Where a pass over the rows takes fewer steps than --least_steps, an epoch makes several, in other versions.
+        """
+        args, count = self.args, self.passes(rows)
+        for number in range((epoch - 1) * count, (epoch - 1) * count + (passes or count)):
+            shuffled = np.random.default_rng([args.seed, number + 1]).permutation(rows)
+            if learns(args) and len(rows) % args.batch_size == 1:
+                shuffled = shuffled[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each pass
+            yield from self.make(shuffled, (self.dataset.augmentation.trained(number),))
+
+    def passes(self, rows):
+        steps = math.ceil(len(rows) / self.args.batch_size)
+        return max(math.ceil(self.args.least_steps / max(steps, 1)), 1)
 
     def judge(self, rows, edit=None):
-        """Batches to predict rows from, in their order: inputs (n, versions, ...), metadata and targets."""
+        """Batches to predict rows from, in their order: inputs (n, versions, ...), traits, metadata and targets."""
         return self.make(np.asarray(rows), self.dataset.augmentation.predicted, edit)
 
     def make(self, rows, versions, edit=None):
@@ -410,7 +502,7 @@ class Batches:
             return self.accelerator.prepare_data_loader(loader)
         read = self.held.get((edit, versions[0])) or self.reader({(edit, version): rows for version in versions})
         parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        return ((read(part, versions, edit), dataset.metadata[part], dataset.targets[part]) for part in parts)
+        return ((read(part, versions, edit), *dataset.beside(part, edit)) for part in parts)
 
     def see(self, model, inputs, engine):
         """Features (n, versions, width) of inputs, by the engine where they are photos."""
@@ -422,11 +514,16 @@ class Batches:
     @torch.inference_mode()
     def weigh(self, model, metadata, photos):
         """Predictions (n,) of n Pillow photos, whose metadata (m,) are alike, just as of rows."""
-        versions = self.dataset.augmentation.predicted
+        versions, device = self.dataset.augmentation.predicted, self.accelerator.device
         inputs = torch.stack([self.dataset.pixels(photo, versions) for photo in photos])
         engine = self.engine_of(model) or self.engine
-        found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(self.accelerator.device)
-        return model.eval().predict(found, metadata.expand(len(photos), -1).to(self.accelerator.device)).cpu().numpy()
+        found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(device)
+        traits = torch.zeros(len(photos), 0)
+        if len(model.trait_mean):
+            measured = np.stack([plant.measure_traits(photo) for photo in photos])
+            traits = torch.from_numpy(measured[:, : len(plant.TRAITS)])
+        beside = traits.to(device), metadata.expand(len(photos), -1).to(device)
+        return model.eval().predict(found, *beside).cpu().numpy()
 
     def features(self, model, rows):
         """Features (len(rows), width) of the photos as they are, by the model as it is now."""
@@ -459,9 +556,11 @@ def new_model(batches, backbone, train_rows):
     dataset.metadata = torch.from_numpy(reading.encode_metadata(dataset.labels, plan))
     backbone = copy.deepcopy(backbone) if learns(args) else backbone
     learn_from = args.unfreeze_from if args.freeze_backbone else ""
-    model = BiomassModel(backbone, learn_from, dataset.metadata.shape[1], args.target_transform)
+    widths = dataset.traits[None].shape[1], dataset.metadata.shape[1]
+    model = BiomassModel(backbone, learn_from, *widths, args.target_transform, args.dropout)
     model.plan, model.trained_on = plan, {"rows": len(train_rows), "plants": plants_of(dataset.labels, train_rows)}
     model.fit_targets(dataset.targets[train_rows])
+    model.fit_traits(dataset.traits[None][train_rows])
     if args.standardize_features:
         model.fit_features(batches.features(model, train_rows))
     return model.to(batches.accelerator.device)
@@ -483,8 +582,9 @@ def train_one_epoch(learner, loader, optimizer, loss_function, batches):
     """One pass over a loader; returns the mean squared error over the rows, in the target's unit."""
     learner.train()
     model, device, squares = batches.accelerator.unwrap_model(learner), batches.accelerator.device, []
-    for inputs, metadata, targets in loader:
-        outputs, targets = learner(inputs.to(device), metadata.to(device)), targets.to(device)
+    for inputs, *beside, targets in loader:
+        outputs = learner(inputs.to(device), *(part.to(device) for part in beside))
+        targets = targets.to(device)
         batches.accelerator.backward(loss_function(outputs, model.to_loss_unit(targets)[:, None].expand_as(outputs)))
         optimizer.step()
         optimizer.zero_grad()
@@ -498,8 +598,8 @@ def evaluate(model, loader, batches):
     """Predictions float64 (n,) and targets float32 (n,) of the rows of a loader, in the target's unit."""
     model.eval()
     engine, device, predictions, measured = batches.engine_of(model), batches.accelerator.device, [], []
-    for inputs, metadata, targets in loader:
-        predicted = model.predict(batches.see(model, inputs, engine), metadata.to(device))
+    for inputs, *beside, targets in loader:
+        predicted = model.predict(batches.see(model, inputs, engine), *(part.to(device) for part in beside))
         predictions.append(batches.gather(predicted))
         measured.append(batches.gather(targets.to(device)))
     return torch.cat(predictions).double(), torch.cat(measured)
@@ -551,7 +651,7 @@ def validate(model, batches, split, row):
     """Balance the model, and note its errors on the rows to validate on in the epoch's `row`; returns predictions."""
     learn, watch = split
     if model.target_transform in BENDS:
-        model.balance(*evaluate(model, batches.train(learn, row["epoch"]), batches))
+        model.balance(*evaluate(model, batches.train(learn, row["epoch"], passes=1), batches))
     if not len(watch):
         return None
     predictions, measured = evaluate(model, batches.judge(watch), batches)
@@ -564,7 +664,7 @@ def add_epoch(done, row, predictions, model, choose_best, name):
     """`done` with one more epoch, as a new dict, so that Ctrl-C finds the one or the other whole."""
     for what, value in row.items():
         if not math.isfinite(value):
-            raise reading.UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
+            raise UserError(f"{name}epoch {row['epoch']}: {what} is not finite; lower --learning_rate")
     better = not choose_best or all(row["val_loss"] < before["val_loss"] for before in done["history"])
     done = done | {"history": [*done["history"], row]}
     if better:
@@ -603,7 +703,7 @@ class Progress:
         if args.resume:
             [(fault, self.results, self.states)] = broadcast_object_list([self.read() if self.main else None])
             if fault:
-                raise reading.UserError(f"--resume: {self.path} {fault}")
+                raise UserError(f"--resume: {self.path} {fault}")
 
     def read(self):
         """What is wrong with the file, "" if nothing; results and states."""
@@ -681,37 +781,11 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
     state.update({name: value.cpu() for name, value in state.items()})
     settings = {"name": backbone.name, "size": backbone.size, "stages": bool(backbone.stages)}
     settings |= {"target_transform": model.target_transform, "precision": args.precision}
+    settings |= {"traits": len(model.trait_mean) > 0, "augmentation": args.augmentation, "dropout": args.dropout}
     content = {"model_state": state, "settings": settings, "metadata": model.plan, "trained_on": model.trained_on}
     content |= {"calibration": calibration, "familiar": familiar, "target": args.target}
     content |= {"unit": reading.unit_of(args.target), "group_by": args.group_by, "epoch": epoch, "seed": args.seed}
     save_plain(content, args.model_out)
-
-
-def read_checkpoint(path):
-    """What save_checkpoint wrote, and its `model`, as a namespace. Raises UserError for any other file."""
-    if not path.is_file():
-        raise reading.UserError(f"no model at {path}: train one by train_model.py, or pass --model")
-    try:
-        checkpoint = SimpleNamespace(**torch.load(path, map_location="cpu", weights_only=True))
-        settings, state = checkpoint.settings, checkpoint.model_state
-        backbone = Backbone(settings["name"], settings["size"], settings["stages"])
-        width = sum(len(step["categories"]) if "categories" in step else 2 for step in checkpoint.metadata)
-        checkpoint.metadata_width = width
-        checkpoint.model = BiomassModel(backbone, None, width, settings["target_transform"]).eval()
-        checkpoint.model.load_state_dict(state)
-        checkpoint.model.plan = checkpoint.metadata
-        checkpoint.familiar = {name: value.numpy() for name, value in (checkpoint.familiar or {}).items()}
-        if checkpoint.calibration:
-            writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
-        if not isinstance(checkpoint.unit + checkpoint.target, str):
-            raise TypeError("its target is no text")
-    except (reading.UserError, OSError):
-        raise
-    except Exception as error:  # whatever a foreign file makes the unpickler, or the code above, stumble over
-        raise reading.UserError(
-            f"{path} is not a checkpoint of this train_model.py ({type(error).__name__})"
-        ) from error
-    return checkpoint
 
 
 # ---------------------------------------------------------------- how a run was made
@@ -759,12 +833,10 @@ def start_accelerator(args, started):
     """Accelerate's view of devices and processes; fixes --precision where it is auto."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if (args.device == "cuda" and not cuda) or (args.device == "mps" and not mps):
-        raise reading.UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
+        raise UserError(f"--device {args.device}: PyTorch finds none here; pass --device cpu")
     on_cpu = args.device == "cpu" or not (cuda or mps)
     if cuda and not on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > torch.cuda.device_count():
-        raise reading.UserError(
-            f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer"
-        )
+        raise UserError(f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer")
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
@@ -777,7 +849,7 @@ def start_accelerator(args, started):
     )
     if learns(args) and (args.batch_size % accelerator.num_processes or args.batch_size < 2):
         text = f"--batch_size {args.batch_size} must be at least 2 and a multiple of {accelerator.num_processes}"
-        raise reading.UserError(f"{text}, the number of processes, where layers of the backbone learn")
+        raise UserError(f"{text}, the number of processes, where layers of the backbone learn")
     if args.track:
         accelerator.init_trackers("biomass", {name: str(value) for name, value in vars(args).items()})
     started.callback(accelerator.end_training)
@@ -795,8 +867,13 @@ def has_bf16(on_cpu):
 
 # ---------------------------------------------------------------- command line
 
-VIEWS = """augmented versions kept of each training photo when the backbone is frozen: epoch e trains on version
-    (e - 1) mod this; 0: a new one in every epoch"""
+FEATURES = """what the head sees: the backbone's last features, always; stages: also the averages of its earlier maps;
+    traits: also what a person would measure on the plant, if 19 of 20 photos show one"""
+AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and mirror images, in predictions too, for
+    cameras that look straight down, whose photos have no up; none: the photos as they are"""
+VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
+    the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
+STEPS = "steps that an epoch takes at least: where photos are few it passes over them several times"
 PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
     whatever the loss; 0: never"""
 
@@ -808,10 +885,13 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of split, augmentation, random weights and order")
     group = parser.add_argument_group("model")
     add = group.add_argument
+    add(
+        "--recipe", choices=list(RECIPES), default="study", help="sets the flags of a whole recipe, but for those given"
+    )
     add("--model_name", default="resnet18", help="backbone: any of torchvision's classifiers, else any of timm's")
-    add("--weights", default="imagenet", help="of the backbone: imagenet, none (random) or a .pth or .safetensors FILE")
+    add("--weights", default="imagenet", help="of the backbone: imagenet, none (random), a .pth or .safetensors FILE")
     add("--image_size", type=number(int, 32, 2048), help="pixels a side (default: as the weights were trained)")
-    add("--features", choices=["last", "stages"], default="last", help="stages: also the averages of earlier maps")
+    add("--features", nargs="+", choices=["last", "stages", "traits"], default=["last"], help=FEATURES)
     add("--standardize_features", action="store_true", help="centre features, divide all by one common deviation")
     add("--metadata_columns", nargs="+", metavar="COLUMN", default=[], help="of the sheet, as input beside the photo")
     add = group.add_mutually_exclusive_group().add_argument
@@ -822,16 +902,18 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     positive = number(float, 0, ends=False)
     add("--epochs", type=number(int, 1), default=20, help="passes over the training photos")
     add("--batch_size", type=number(int, 1), default=32, help="photos a training step, of all processes together")
+    add("--least_steps", type=number(int, 0), default=0, help=STEPS)
     add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     add("--backbone_learning_rate", type=positive, help="of the backbone (default: --learning_rate)")
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")
-    add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 over all epochs")
+    add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)
+    add("--dropout", type=number(float, 0, 1), default=0.3, help="share of the features that a step leaves out")
     add("--loss", choices=list(LOSSES), default="mse", help="of the transformed target")
     transformed = ["none", "log", "sqrt", "standardize"]
     add("--target_transform", choices=transformed, default="none", help="undone before every number that is shown")
+    add("--augmentation", choices=list(AUGMENTATIONS), default="study", help=AUGMENTATION)
     add("--augment_views", type=number(int, 0), default=4, help=VIEWS)
-    add("--no_augmentation", action="store_true", help="train on the photos as they are")
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
@@ -849,19 +931,26 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     return parser
 
 
+def parse_arguments(parser, argv):
+    """The flags as given, else as --recipe sets them, else their defaults; the log tells those of the recipe."""
+    recipe = RECIPES[parser.parse_args(argv).recipe].split()
+    args = parser.parse_args(argv, parser.parse_args(recipe))
+    if recipe:
+        logger.info(f"recipe {args.recipe}, but for flags that were given: {' '.join(recipe)}")
+    return args
+
+
 def complete_arguments(args, started):
     """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
     reading.complete_data_flags(args)
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
     if args.backbone_learning_rate and not learns(args):
-        raise reading.UserError(
-            "--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen"
-        )
+        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise reading.UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
+        raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
     if args.track and not importlib.util.find_spec(args.track):
-        raise reading.UserError(f"--track {args.track} needs its package: pip install {args.track}")
+        raise UserError(f"--track {args.track} needs its package: pip install {args.track}")
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
     outputs += [args.results_dir / name for name in ("history.csv", "predictions.csv", "predictions.png")]
     writing.check_writable(outputs, [args.labels_path, args.weights], args.image_dir)
@@ -871,9 +960,7 @@ def open_store(args, started):
     """The store of features in --cache_dir, or for `none` in a folder that is there for this run alone."""
     if str(args.cache_dir) == "none":
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise reading.UserError(
-                "--cache_dir none: several processes share the cache; pass a folder that all of them see"
-            )
+            raise UserError("--cache_dir none: several processes share the cache; pass a folder that all of them see")
         args.cache_dir = Path(started.enter_context(tempfile.TemporaryDirectory()))
     writing.check_writable([args.cache_dir / "features.sqlite"], [], None)
     return features.Store(args.cache_dir)
@@ -888,21 +975,23 @@ def prepare(script, argv, args, started, recipe=()):
     torch.set_num_threads(reading.cores() if learns(args) else 1)
     labels, known = reading.load_labels(args), store.known_photos()
     if args.target_transform in BENDS and (labels[args.target] <= 0).any():
-        raise reading.UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
+        raise UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
     with accelerator.main_process_first():  # the others then find each photo's digest
         labels = reading.filter_missing_images(labels, args, known)
         store.remember_photos(known)
     torch.manual_seed(args.seed)
-    backbone = Backbone(args.model_name, args.image_size, args.features == "stages")
+    backbone = Backbone(args.model_name, args.image_size, "stages" in args.features)
     with accelerator.main_process_first():  # one download serves all
         features.load_weights(backbone, args.weights)
     if args.unfreeze_from:  # a layer that is not there is told before the log is opened
         BiomassModel(copy.deepcopy(backbone), args.unfreeze_from)
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)
-    augmentation = Augmentation if args.no_augmentation else StudyAugmentation
-    augmentation = augmentation(args.seed, 0 if learns(args) else args.augment_views)
+    augmentation = AUGMENTATIONS[args.augmentation](args.seed, 0 if learns(args) else args.augment_views)
     dataset = BiomassDataset(labels, args, backbone, augmentation)
     engine = features.Engine(backbone, accelerator.device, args.precision)
+    batches = Batches(dataset, engine, store, args, accelerator)
+    if "traits" in args.features:
+        batches.add_traits()
     description = describe_run(script, argv, args, labels, engine)
     code = features.code_of(fit, new_model, BiomassModel, BiomassDataset, type(augmentation), *recipe)
     return SimpleNamespace(
@@ -912,7 +1001,7 @@ def prepare(script, argv, args, started, recipe=()):
         dataset=dataset,
         accelerator=accelerator,
         description=description,
-        batches=Batches(dataset, engine, store, args, accelerator),
+        batches=batches,
         progress=Progress(args, description, backbone, code),
     )
 
@@ -920,8 +1009,8 @@ def prepare(script, argv, args, started, recipe=()):
 def train(argv, started):
     """The whole run, from the flags to the report; returns the exit status."""
     if any(argument.partition("=")[0] == "--folds" for argument in argv):
-        raise reading.UserError("--folds: cross_validate.py does this; it takes the same flags")
-    args = build_parser().parse_args(argv)
+        raise UserError("--folds: cross_validate.py does this; it takes the same flags")
+    args = parse_arguments(build_parser(), argv)
     run = prepare("train_model.py", argv, args, started)
     split = check_split(run.labels, split_by_plant(run.labels, args), args)
     writing.open_log(args.log_path, append=bool(run.progress.states))

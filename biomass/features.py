@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 from biomass import reading
+from biomass.reading import UserError
 
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that an engine sees at once
 AT_ONCE = 2048  # versions of photos between two writings to the store
@@ -66,7 +67,7 @@ def torchvision_network(name, size):
     net = torchvision.models.get_model(name, weights=None, **({"image_size": size} if name.startswith("vit_") else {}))
     path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
     if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
-        raise reading.UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
+        raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
     net.set_submodule(path[0], nn.Identity())
     return net, size, preset.mean, preset.std, Image.Resampling[preset.interpolation.name]
 
@@ -77,7 +78,7 @@ def timm_network(name, size):
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, torchvision.models.list_models() + timm.list_models(), 3, 0)
-        raise reading.UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
+        raise UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
     preset = timm.get_pretrained_cfg(name)
     config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
     sized = {"img_size": size} if size and preset.fixed_input_size else {}
@@ -97,7 +98,7 @@ def load_weights(backbone, weights):
     bad = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
     if bad:
         text = f"--weights {weights} is not of a {backbone.name}: {len(bad)} tensors are missing or of another shape"
-        raise reading.UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
+        raise UserError(f"{text}, '{bad[0]}' first; pass the --model_name and the --image_size that fit")
     wanted.update({name: state[name] for name in wanted})  # which keeps the version that some networks ask for
     backbone.net.load_state_dict(wanted)
 
@@ -106,11 +107,11 @@ def read_weights(path):
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise reading.UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
+        raise UserError(f"no weight file at {path}: --weights takes imagenet, none or a file")
     try:
         return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise reading.UserError(f"--weights {path} cannot be read ({reading.one_line(error)[:150]})") from error
+        raise UserError(f"--weights {path} cannot be read ({reading.one_line(error)[:150]})") from error
 
 
 def imagenet_weights(name):
@@ -137,7 +138,7 @@ def imagenet_weights(name):
     except Exception as error:  # of the network, the hub's libraries, or of a damaged file
         why = f"cannot download weights of {name}, or read them ({reading.one_line(error)[:150]})"
         way_on = f"or pass --weights none, or --model_name {PRETRAINED_BY_PIP}, which needs no download"
-        raise reading.UserError(f"{why}: {hint}, {way_on}") from error
+        raise UserError(f"{why}: {hint}, {way_on}") from error
 
 
 def weights_digest(backbone):
@@ -216,7 +217,7 @@ class Engine:
                 model = openvino.convert_model(self.backbone.eval(), example_input=photos)
             except Exception as error:  # of a network whose layers it does not know
                 text = f"OpenVINO cannot run {self.backbone.name} ({reading.one_line(error)[:150]})"
-                raise reading.UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
+                raise UserError(f"{text}: pip uninstall openvino, and PyTorch runs it") from error
         model.reshape(list(photos.shape))
         hints = {
             "PERFORMANCE_HINT": "THROUGHPUT",
@@ -248,7 +249,7 @@ class Store:
             with file:  # whole or not at all
                 yield file
         except sqlite3.Error as error:
-            raise reading.UserError(f"cannot use the cache {self.path} ({error}): pass another --cache_dir") from error
+            raise UserError(f"cannot use the cache {self.path} ({error}): pass another --cache_dir") from error
         finally:
             if file:
                 file.close()
@@ -282,7 +283,7 @@ class Store:
             found = [file.execute(query, [key, content]).fetchone() for content in contents]
         if None in found:
             text = f"--cache_dir {self.path.parent} must be one folder that all processes see"
-            raise reading.UserError(f"{text}: pass a shared one")
+            raise UserError(f"{text}: pass a shared one")
         return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(len(contents), -1)
 
 
@@ -323,9 +324,7 @@ def compute(dataset, engine, store, items, keys, **quiet):
             features = engine(loader)
             if not np.isfinite(features).all():
                 name = engine.backbone.name
-                raise reading.UserError(
-                    f"--model_name {name} gives features that are not finite: pass --precision fp32"
-                )
+                raise UserError(f"--model_name {name} gives features that are not finite: pass --precision fp32")
             made = [(keys[edit, version], row) for row, versions, edit in some for version in versions]
             store.add([(key, dataset.contents[row]) for key, row in made], features)
             bar.update(len(some))
@@ -356,19 +355,24 @@ def reader(dataset, width, store, keys, wanted):
     return read
 
 
-def measure(function, dataset, store):
-    """What function(photo) gives of each photo as it is: float32 (len(dataset), k), kept in the store."""
-    key = reading.digest(package_version("pillow"), code_of(function, reading.open_photo))
+def measure(function, dataset, store, accelerator, which):
+    """What function(photo) gives of photos, `which` rows with what edit: float32 (len(rows), k), kept in the store."""
+    rows, edit = which
+    key = reading.digest(package_version("pillow"), code_of(function, reading.open_photo, *filter(None, [edit])))
     held = store.contents(key)
-    missing = {
-        content: path for content, path in zip(dataset.contents, dataset.paths, strict=True) if content not in held
-    }
-    bar = {"max_workers": reading.cores(), "unit": "photo", "desc": function.__name__, "disable": None}
-    found = thread_map(
-        lambda path: np.atleast_1d(np.float32(function(reading.open_photo(path)))), missing.values(), **bar
-    )
-    store.add([(key, content) for content in missing], found)
-    return store.read(key, dataset.contents)
+    missing = {dataset.contents[row]: dataset.paths[row] for row in rows if dataset.contents[row] not in held}
+
+    def look(path):
+        photo = reading.open_photo(path)
+        return function(edit(photo) if edit else photo)
+
+    accelerator.wait_for_everyone()  # all have read the same before any writes
+    with accelerator.split_between_processes(list(missing.items())) as own:
+        bar = {"max_workers": reading.cores(), "unit": "photo", "desc": function.__name__, "disable": None}
+        found = thread_map(look, [path for _, path in own], **bar)
+        store.add([(key, content) for content, _ in own], found)
+    accelerator.wait_for_everyone()
+    return store.read(key, dataset.contents[rows])
 
 
 # ---------------------------------------------------------------- keys: changed code never meets old features

@@ -1,43 +1,97 @@
-"""Where a photo shows plant: what its area tells, the photo without it, and what a model makes of parts of a photo."""
+"""Where a photo shows plant: its traits, the photo without it, and what a model makes of the parts of a photo."""
 
 import itertools
 import math
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageFilter
 
-# Soil has an excess green near 0. Orange light lacks blue and lifts the pale grains to 0.1 or 0.2; leaves keep 0.3 to
-# 0.5 under it as under white light: one threshold between the two serves all experiments.
-EXCESS_GREEN = 0.25
-DARK = 60  # sum of the 8-bit channels below which the colour of a pixel is noise
+# Soil has an excess green near 0. Orange light lacks blue and lifts pale grains to 0.1 or 0.2; leaves keep 0.3 to 0.5
+# under it as under white light: one threshold serves all, but for single grains, which are opened or averaged away.
+EXCESS_GREEN = 0.2
+GREENER = (0.1, 0.3, 0.4, 0.5)  # other thresholds: how much is how green
+DARK = 60  # sum of the 8-bit channels below which the colour of a single pixel is noise
+FINEST = 256  # pixels of the longer side within which a plant is looked for
 MOST_SIDE, WIDEN, SOIL_RADIUS = 512, 6, 0.33  # pixels, pixels, share of the frame within which every pot shows soil
 GREY = np.uint8([124, 116, 104])  # the mean of ImageNet
 PATCHES = 8  # a side of a heat map
 
+SIZES = ["area", "hull_area", *(f"eg{100 * green:.0f}_area" for green in GREENER)]  # eg30: more than 0.3
+SIZES += ["perimeter", "long_axis", "short_axis", "box_length", "box_width", "thickness", "mean_thickness"]
+SHAPES = ["solidity", "eccentricity", "parts"]
+CHANNELS = ["hue", "saturation", "value", "lightness", "green_red", "blue_yellow"]  # of HSV, 0..1, and CIELAB
+TRAITS = [*SIZES, *SHAPES, *CHANNELS, *(f"{channel}_sd" for channel in CHANNELS)]
+MEASURED = [*TRAITS, "share", "scale"]  # share of the frame (0..1), and pixels of the photo for one of the small copy
 
-# ---------------------------------------------------------------- where it is, and what its area tells
+
+# ---------------------------------------------------------------- where it is, and its traits
 
 
-def find_green(photo):
-    """Where a photo is green: bool, at half its height and width, as single grains of soil are coloured at random.
+def excess_green(photo):
+    """Excess green 2g - r - b of each pixel on chromatic coordinates, r + g + b = 1: float32 (height, width).
 
-    Excess green 2g - r - b on chromatic coordinates, r + g + b = 1, where it equals 3g - 1 (Woebbecke et al. 1995,
-    Transactions of the ASAE 38, 259-269).
+    It equals 3g - 1 there (Woebbecke et al. 1995, Transactions of the ASAE 38, 259-269).
     """
-    red, green, blue = (np.asarray(channel, np.float32) for channel in photo.reduce(2).split())
+    red, green, blue = (np.asarray(channel, np.float32) for channel in photo.split())
     total = red + green + blue
-    return (3 * green - total > EXCESS_GREEN * total) & (total > DARK)
+    return (3 * green - total) / np.maximum(total, 1)
+
+
+def find_plant(photo, threshold=EXCESS_GREEN):
+    """Where a photo within FINEST pixels shows plant, without specks below 3 x 3 pixels: bool (height, width)."""
+    from scipy.ndimage import binary_opening
+
+    return binary_opening(excess_green(photo) > threshold, np.ones((3, 3)))
+
+
+def shrink(photo, most):
+    photo = photo.copy()
+    photo.thumbnail((most, most))
+    return photo
+
+
+def measure_traits(photo):
+    """What MEASURED names, float32, in pixels of the small copy; without a plant sizes are 0 and colours NaN."""
+    from scipy.ndimage import distance_transform_edt
+    from skimage.color import rgb2hsv, rgb2lab
+    from skimage.measure import label, regionprops_table
+
+    small = shrink(photo, FINEST)
+    mask = find_plant(small)
+    found = dict.fromkeys(TRAITS, 0.0) | {"share": mask.mean(), "scale": max(photo.size) / max(small.size)}
+    found |= dict.fromkeys(TRAITS[len(SIZES) + len(SHAPES) :], np.nan)
+    found |= {f"eg{100 * green:.0f}_area": find_plant(small, green).sum() for green in GREENER}
+    if mask.any():
+        names = {"area": "area", "area_convex": "hull_area", "perimeter": "perimeter"}
+        names |= {"axis_major_length": "long_axis", "axis_minor_length": "short_axis"}
+        names |= {"solidity": "solidity", "eccentricity": "eccentricity"}
+        table = regionprops_table(mask.astype(np.uint8), properties=[*names, "bbox"])
+        found |= {name: table[theirs][0] for theirs, name in names.items()}
+        sides = [table[f"bbox-{place + 2}"][0] - table[f"bbox-{place}"][0] for place in (0, 1)]
+        depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][mask]
+        found |= {"box_length": max(sides), "box_width": min(sides), "parts": label(mask).max()}
+        found |= {"thickness": depth.max(), "mean_thickness": depth.mean()}
+        pixels = np.asarray(small)[mask] / 255
+        for channel, values in zip(CHANNELS, np.hstack([rgb2hsv(pixels), rgb2lab(pixels)]).T, strict=True):
+            found |= {channel: values.mean(), f"{channel}_sd": values.std()}
+    return np.array([found[name] for name in MEASURED], np.float32)
+
+
+def trait_table(measured, mm_per_pixel=None):
+    """Traits of photos (n, len(MEASURED)) as a table in pixels of the photos as they came, or in mm."""
+    table, unit = pd.DataFrame(measured, columns=MEASURED), "mm" if mm_per_pixel else "px"
+    each = table["scale"] * (mm_per_pixel or 1)
+    for name in SIZES:
+        power = 2 if name.endswith("area") else 1
+        table[name] *= each**power
+    names = {name: f"{name}_{unit}{'2' if name.endswith('area') else ''}" for name in SIZES}
+    return table[TRAITS].rename(columns=names)
 
 
 def green_area(photo):
     """Projected plant area as a share of the frame (0..1)."""
-    return float(np.mean(find_green(photo)))
-
-
-def plant_mask(photo, widen):
-    """Where a photo is green and `widen` pixels around: bool (height, width)."""
-    mask = Image.fromarray(np.uint8(255 * find_green(photo))).resize(photo.size, Image.Resampling.NEAREST)
-    return np.asarray(mask.filter(ImageFilter.BoxBlur(widen))) > 0
+    return float(find_plant(shrink(photo, FINEST)).mean())
 
 
 def fit_law(areas, grams):
@@ -57,20 +111,17 @@ def fit_law(areas, grams):
 # ---------------------------------------------------------------- the photo without it
 
 
-def work_copy(photo):
-    photo = photo.copy()
-    photo.thumbnail((MOST_SIDE, MOST_SIDE))
-    return photo
-
-
-def erased_share(photo):
-    """Share of the frame (0..1) that erase_plant replaces; 0 where there is no green to erase."""
-    return float(plant_mask(work_copy(photo), WIDEN).mean())
+def plant_mask(photo, widen):
+    """Where a photo is green, coarsely and with all specks, and `widen` pixels around: bool (height, width)."""
+    coarse = photo.reduce(2)  # as single grains of soil are coloured at random
+    green = (excess_green(coarse) > EXCESS_GREEN) & (np.asarray(coarse, int).sum(2) > DARK)
+    mask = Image.fromarray(np.uint8(255 * green)).resize(photo.size, Image.Resampling.NEAREST)
+    return np.asarray(mask.filter(ImageFilter.BoxBlur(widen))) > 0
 
 
 def erase_background(photo):
     """The plant alone, on one grey; a photo without green stays as it is."""
-    small = work_copy(photo)
+    small = shrink(photo, MOST_SIDE)
     plant = plant_mask(small, 1)
     return Image.fromarray(np.where(plant[..., None], np.asarray(small), GREY)) if plant.any() else photo
 
@@ -82,7 +133,7 @@ def erase_plant(photo):
     as they are, so that grain and noise stay. Leaves beyond it are replaced by what lies at the same distance from
     the pot's centre, turned or mirrored: rim by rim, tray by tray.
     """
-    whole, photo = photo, work_copy(photo)
+    whole, photo = photo, shrink(photo, MOST_SIDE)
     hole = plant_mask(photo, WIDEN)
     if not hole.any():
         return whole
@@ -155,18 +206,19 @@ ERASERS = {"plant erased": erase_plant, "background erased": erase_background}
 # ---------------------------------------------------------------- where a model looks
 
 
-def heat_map(photo, resize, weigh):
-    """What hiding each of PATCHES x PATCHES squares takes from a photo's prediction, in its unit.
+def heat_map(photo, weigh):
+    """What hiding each of PATCHES x PATCHES parts takes from a photo's prediction, in its unit.
 
     Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV), by the same photo
     without its plant, turned by 180 degrees: a flat patch would be something that no photo shows. `photo` is a Pillow
-    image, resize(photo) the square that a backbone sees of it, weigh predicts (n,) from n such squares.
+    image, weigh predicts (n,) from n of them.
     """
-    whole, other = resize(photo), resize(erase_plant(photo).transpose(Image.Transpose.ROTATE_180))
-    edges = np.linspace(0, whole.width, PATCHES + 1).round().astype(int).tolist()
+    whole = shrink(photo, MOST_SIDE)
+    other = erase_plant(whole).transpose(Image.Transpose.ROTATE_180)
+    across, down = (np.linspace(0, side, PATCHES + 1).round().astype(int).tolist() for side in whole.size)
     hidden = []
     for row, column in itertools.product(range(PATCHES), repeat=2):
-        box = edges[column], edges[row], edges[column + 1], edges[row + 1]
+        box = across[column], down[row], across[column + 1], down[row + 1]
         hidden.append(whole.copy())
         hidden[-1].paste(other.crop(box), box)
     predicted = weigh([*hidden, whole])

@@ -18,6 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from biomass import reading
+from biomass.reading import UserError
 
 INTERVALS = "jackknife over {groups}s, Student's t"  # how metrics.txt names group_interval
 
@@ -290,9 +291,7 @@ def whole_file(path, told=True):
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise reading.UserError(
-            f"cannot write {path} ({error.strerror}): free the disk or choose another place"
-        ) from error
+        raise UserError(f"cannot write {path} ({error.strerror}): free the disk or choose another place") from error
     finally:
         partial.unlink(missing_ok=True)
     if told:
@@ -312,7 +311,7 @@ def check_writable(outputs, inputs, photo_folder):
         except OSError as error:
             fault = fault or error.strerror
         if fault:
-            raise reading.UserError(f"cannot write {path} ({fault}): choose another place for it")
+            raise UserError(f"cannot write {path} ({fault}): choose another place for it")
 
 
 # ---------------------------------------------------------------- command line and log
@@ -352,7 +351,7 @@ def run_script(prog, job, argv, resumable=False):
     try:
         with contextlib.ExitStack() as started:
             return job([str(argument) for argument in (sys.argv[1:] if argv is None else argv)], started)
-    except reading.UserError as error:  # from a process that decodes photos it comes with a traceback before it
+    except UserError as error:  # from a process that decodes photos it comes with a traceback before it
         message = f"error: {reading.one_line(error).rpartition('UserError: ')[2]}"
     except OSError as error:
         message = f"error: cannot read or write {error.filename} ({error.strerror or reading.one_line(error)})"
@@ -400,4 +399,4 @@ def open_log(path, append=False):
 def stop_at_full_log(path, record):
     error = sys.exc_info()[1]
     reason = getattr(error, "strerror", None) or reading.one_line(error)
-    raise reading.UserError(f"cannot write {path} ({reason}): free the disk or choose another place") from error
+    raise UserError(f"cannot write {path} ({reason}): free the disk or choose another place") from error

@@ -77,9 +77,9 @@ def test_it_is_the_plain_loop_over_scikit_learns_folds(judged, drawn, tmp_path):
             torch.manual_seed(42)
             for epoch in (1, 2):
                 model.train()
-                for inputs, none, targets in batches.train(train_rows, epoch):
+                for inputs, none, no_metadata, targets in batches.train(train_rows, epoch):
                     optimizer.zero_grad()
-                    outputs = model(inputs, none)[:, 0]
+                    outputs = model(inputs, none, no_metadata)[:, 0]
                     torch.nn.functional.mse_loss(outputs, model.to_loss_unit(targets)).backward()
                     optimizer.step()
             predicted, _ = tm.evaluate(model, batches.judge(val_rows), batches)
@@ -128,7 +128,7 @@ def test_photos_that_show_only_their_plant_do_not_beat_the_mean_on_other_plants(
             Image.fromarray(pixels).save(photos / f"{pot}_{number}.png")
             rows.append({"filename": f"{pot}_{number}.png", "plant_number": pot, TARGET: weight})
     pd.DataFrame(rows).to_excel(tmp_path / "data" / SHEET, index=False)
-    flags = ["--epochs", 25, "--folds", 3, "--learning_rate", 3e-3, "--no_augmentation", "--standardize_features"]
+    flags = ["--epochs", 25, "--folds", 3, "--learning_rate", 3e-3, "--augmentation", "none", "--standardize_features"]
     by_row, by_plant = (
         train(tmp_path / "data", tmp_path / by, *flags, "--group_by", by, script=cross_validate)
         for by in ("filename", "plant_number")
@@ -191,7 +191,7 @@ def test_the_verdict_is_withheld_where_erasing_takes_no_plant():
     assert "mostly from the background: r 0.90, plants erased 0.85" in cross_validate.verdict(metrics, shares)
     for spoiled, told in (
         (np.where(np.arange(100) < 21, 0, shares), "21% of the photos show no green"),
-        (shares / 1000, "takes 0.0% of the middle photo"),
+        (shares / 1000, "takes 0.02% of the middle photo"),
         (1 - shares / 10, "of the middle photo"),
     ):
         sentence = cross_validate.verdict(metrics, spoiled)
@@ -199,7 +199,7 @@ def test_the_verdict_is_withheld_where_erasing_takes_no_plant():
     assert "mostly" in cross_validate.verdict(metrics, np.where(np.arange(100) < 3, 0, shares))
     grey = Image.new("RGB", (1200, 900), (90, 80, 70))
     grey.putpixel((3, 3), (91, 80, 70))  # which a smaller copy would not show
-    assert plant.erased_share(grey) == 0
+    assert plant.green_area(grey) == 0
     for edit in cross_validate.ERASED.values():  # of larger photos too nothing is changed
         assert np.array_equal(np.asarray(edit(grey)), np.asarray(grey))
 

@@ -40,7 +40,7 @@ def test_planted_truth_is_found(kind, least, most, sentence, tmp_path):
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
     flags += ["--model_name", "tf_efficientnet_lite0", "--image_size", "128", "--features", "stages", "--folds", "3"]
     flags += ["--standardize_features", "--target_transform", "sqrt", "--lr_schedule", "cosine", "--epochs", "25"]
-    flags += ["--no_augmentation", "--precision", "fp32", "--results_dir", tmp_path / "out"]
+    flags += ["--augmentation", "none", "--precision", "fp32", "--results_dir", tmp_path / "out"]
     flags += ["--log_path", tmp_path / "log", "--model_out", tmp_path / "m.pt", "--cache_dir", tmp_path / "cache"]
     assert cross_validate.main([*map(str, flags)]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.txt").read_text())
@@ -65,7 +65,7 @@ def test_erasing_takes_the_plant_and_nothing_else():
         photo = make_sample_data.draw_photo(plants.iloc[index].to_dict(), 5, index)
         erased = plant.erase_plant(photo)
         hole = plant.plant_mask(photo, plant.WIDEN)
-        assert plant.plant_mask(photo, 0).mean() == pytest.approx(plant.green_area(photo), abs=1e-6)
+        assert not (plant.find_plant(photo) & ~hole).any()
         assert plant.green_area(erased) < 0.1 * plant.green_area(photo) + 0.002
         far = ~np.asarray(Image.fromarray(hole).convert("L").resize(photo.size), bool)
         beside = ~plant.plant_mask(photo, plant.WIDEN + 6)

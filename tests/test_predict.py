@@ -39,7 +39,7 @@ def pixels_of(drawn, names, side=64):
 def judged(drawn, tmp_path_factory):
     """A model of cross_validate.py, which knows its errors and its training photos; quickly trained."""
     out = tmp_path_factory.mktemp("judged") / "out"
-    flags = ["--folds", 3, "--standardize_features", "--no_augmentation", "--group_by", "filename", "--epochs", 5]
+    flags = ["--folds", 3, "--standardize_features", "--augmentation", "none", "--group_by", "filename", "--epochs", 5]
     train(drawn, out, *flags, script=cross_validate)
     return out / "model.pt"
 
@@ -72,12 +72,12 @@ def test_predictions_are_those_of_the_training_run(drawn, flags, tmp_path):
 
 
 def test_the_engine_gives_what_training_and_plain_pytorch_give(drawn, tmp_path):
-    assert train_model.main(flags_of(drawn, tmp_path / "out", "--no_augmentation", "--epochs", 1)) == 0
+    assert train_model.main(flags_of(drawn, tmp_path / "out", "--augmentation", "none", "--epochs", 1)) == 0
     table = weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, engine=nullcontext)[1]
     assert_same(table, tmp_path / "out")
-    model = train_model.read_checkpoint(tmp_path / "out" / "model.pt").model
+    model = predict.read_checkpoint(tmp_path / "out" / "model.pt").model
     with torch.no_grad():
-        plain = model.predict(pixels_of(drawn, table.index)[:, None], torch.zeros(60, 0)).numpy()
+        plain = model.predict(pixels_of(drawn, table.index)[:, None], torch.zeros(60, 0), torch.zeros(60, 0)).numpy()
     assert table["predicted_g"].to_numpy() == pytest.approx(plain, abs=1e-4)
 
 
@@ -100,7 +100,7 @@ def test_a_folder_with_odd_photos_is_weighed_photo_by_photo(drawn, judged, clean
 
 
 def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path, capsys):
-    assert list(clean) == ["predicted_g", "low_g", "high_g", "note"]
+    assert list(clean)[:4] == ["predicted_g", "low_g", "high_g", "note"]
     assert clean["predicted_g"].between(clean["low_g"], clean["high_g"]).all() and clean["low_g"].min() >= 0
     narrow = weigh(judged, tmp_path / "p.csv", drawn / PHOTOS, "--coverage", 0.5)[1]
     assert (narrow["low_g"] >= clean["low_g"]).all() and narrow["high_g"].mean() < clean["high_g"].mean()
@@ -116,7 +116,7 @@ def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path
 def test_photos_unlike_the_training_photos_are_marked(drawn, judged, clean, tmp_path):
     checkpoint = torch.load(judged, weights_only=True)
     with torch.no_grad():
-        features = train_model.read_checkpoint(judged).model.backbone(pixels_of(drawn, clean.index)).numpy()
+        features = predict.read_checkpoint(judged).model.backbone(pixels_of(drawn, clean.index)).numpy()
     familiar = {name: value.numpy() for name, value in checkpoint["familiar"].items()}
     distances = writing.unlikeness(familiar, features)
     familiar["limit"].fill(np.quantile(distances, 0.71))  # it shares the checkpoint's memory
@@ -208,7 +208,7 @@ def test_export_gives_the_same_grams(drawn, with_metadata, tmp_path, recwarn):
 
 
 def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys):
-    train(drawn, tmp_path / "out", "--no_augmentation", "--epochs", 1)
+    train(drawn, tmp_path / "out", "--augmentation", "none", "--epochs", 1)
     known = len(pd.read_excel(drawn / SHEET).dropna(subset=TARGET))
     for found in (known, 60):
         capsys.readouterr()

@@ -193,7 +193,8 @@ def test_each_flag_alone_changes_the_answer_and_not_its_unit(drawn, tmp_path):
     for flags in (
         "", "--loss mae", "--target_transform none", "--loss huber",
         "--target_transform log", "--target_transform sqrt", "--standardize_features", "--features stages",
-        "--lr_schedule cosine", "--weight_decay 10", "--metadata_columns age_days", "--no_augmentation",
+        "--lr_schedule cosine", "--weight_decay 10", "--metadata_columns age_days", "--augmentation none",
+        "--augmentation symmetries", "--features stages traits", "--dropout 0.1", "--least_steps 30",
         "--augment_views 1", "--unfreeze_from conv5", "--unfreeze_backbone", "--image_size 96",
         "--unfreeze_backbone --backbone_learning_rate 1e-5",
     ):  # fmt: skip
@@ -241,7 +242,9 @@ def test_a_frozen_part_keeps_its_batchnorm_still_in_train_mode():
     for learn_from, moved in ((None, []), ("layer4", ["layer4"])):
         model = tm.BiomassModel(tm.Backbone("resnet18", 64), learn_from).train()
         before = {name: tensor.clone() for name, tensor in model.backbone.net.state_dict().items()}
-        model(torch.randint(0, 256, (4, 1, 3, 64, 64), dtype=torch.uint8), torch.zeros(4, 0)).sum().backward()
+        model(
+            torch.randint(0, 256, (4, 1, 3, 64, 64), dtype=torch.uint8), torch.zeros(4, 0), torch.zeros(4, 0)
+        ).sum().backward()
         changed = {name for name, tensor in model.backbone.net.state_dict().items() if (before[name] != tensor).any()}
         assert sorted({name.partition(".")[0] for name in changed}) == moved
         learned = {name.split(".")[:3][-1] for name, p in model.named_parameters() if p.grad is not None}
@@ -444,7 +447,7 @@ def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_no
     once = "        if random.random() < 1e-9:\n            photo = rarely(photo)\n"
     once += "        return photo\n\n    def describe"
     for old, new in (
-        ("", ""), ("HEAD_WIDTH, METADATA_WIDTH = 0.3, 256", "HEAD_WIDTH, METADATA_WIDTH = 0.3, 128"),
+        ("", ""), ("HEAD_WIDTH, METADATA_WIDTH = 256", "HEAD_WIDTH, METADATA_WIDTH = 128"),
         ("class StudyAugmentation(", helper), ("        return photo\n\n    def describe", once),
         ("    return photo\n\n\nclass", "    return photo.convert('L').convert('RGB')\n\n\nclass"),
     ):  # fmt: skip
@@ -502,11 +505,11 @@ def test_copies_are_computed_once_and_none_of_a_validated_photo_is_trained_on(co
 
 
 def test_losses_are_means_over_rows_not_over_batches(batches):
-    model = tm.BiomassModel(Stub(3), metadata_width=1)
+    model = tm.BiomassModel(Stub(3), metadata=1)
     for parameter in model.head.last.parameters():
         torch.nn.init.zeros_(parameter)
     targets = torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0])
-    parts = (part.split(4) for part in (torch.rand(5, 1, 3), torch.rand(5, 1), targets))
+    parts = (part.split(4) for part in (torch.rand(5, 1, 3), torch.zeros(5, 0), torch.rand(5, 1), targets))
     loader = list(zip(*parts, strict=True))
     predicted, measured = tm.evaluate(model, loader, batches)
     assert (predicted - measured).square().mean() == pytest.approx(13 / 5)
@@ -515,7 +518,7 @@ def test_losses_are_means_over_rows_not_over_batches(batches):
 
 
 def test_the_loop_overfits_eight_photos(drawn, tmp_path):
-    flags = ["--epochs", 300, "--standardize_features", "--target_transform", "standardize", "--no_augmentation"]
+    flags = ["--epochs", 300, "--standardize_features", "--target_transform", "standardize", "--augmentation", "none"]
     _, this = prepared(drawn, tmp_path / "out", *flags)
     rows, batches = np.arange(8), this.batches
     with quick():
@@ -564,7 +567,7 @@ def test_a_feature_of_one_training_photo_moves_no_other_by_more_than_weights_dif
     if own_deviation:  # as it must not be: this shows that the test can fail
         model.feature_scale.copy_(found[:300].std(0))
     optimizer, none = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.zeros(400, 0)
-    parts = found[:300, None].split(32), none[:300].split(32), weights[:300].split(32)
+    parts = (part[:300].split(32) for part in (found[:, None], none, none, weights))
     loader = list(zip(*parts, strict=True))
     for _ in range(40):
         tm.train_one_epoch(model, loader, optimizer, torch.nn.MSELoss(), batches)
@@ -572,7 +575,7 @@ def test_a_feature_of_one_training_photo_moves_no_other_by_more_than_weights_dif
     odd[..., 0] = 3
     with torch.inference_mode():
         model.eval()
-        change = (model.predict(odd, none[300:]) - model.predict(seen, none[300:])).abs().max()
+        change = (model.predict(odd, *(none[300:],) * 2) - model.predict(seen, *(none[300:],) * 2)).abs().max()
     assert (change < weights[:300].std()) != own_deviation, change
 
 

@@ -20,7 +20,7 @@ from recipes import RECOMMENDED, ROOT, STUDY, by_folds, load, tm, writing
 
 from biomass import reading
 
-PLAIN = [*RECOMMENDED, "--no_augmentation"]
+PLAIN = [*RECOMMENDED, "--augmentation", "none"]
 UNSCALED = [flag for flag in RECOMMENDED if flag != "--standardize_features"]
 RANDOM = ["--model_name", "resnet18", "--weights", "none"]
 EXPERIMENT, SMALL = ["--group_by", "experiment_id", "--folds", "9"], 400

@@ -125,7 +125,7 @@ def compare_extraction(args, labels, folder):
         speeds = {"end to end": [], "engine": [], "pytorch": []}
         for repeat in range(args.repeats):
             place = folder / f"{name} {repeat}"
-            more = ["--epochs", "1", "--no_augmentation", "--precision", precision]
+            more = ["--epochs", "1", "--augmentation", "none", "--precision", precision]
             run_script("train_model.py", *train_flags(args.data_dir, place, *flags, *more))
             line = next(line for line in (place / "log").read_text().splitlines() if "a second" in line)
             speeds["end to end"].append(float(line.split(", ")[-1].split()[0]))
@@ -155,7 +155,7 @@ def time_eda(args, labels, folder):
 
 
 def time_predict(args, labels, folder):
-    flags = train_flags(args.data_dir, folder, *RECOMMENDED, "--epochs", "2", "--no_augmentation")
+    flags = train_flags(args.data_dir, folder, *RECOMMENDED, "--epochs", "2", "--augmentation", "none")
     run_script("train_model.py", *flags)
     photos, out = args.data_dir / "images_med_res", folder / "predictions.csv"
     flags = [photos, "--model", folder / "model.pt", "--out", out, "--device", "cpu", "--cache_dir"]
@@ -196,7 +196,16 @@ def time_rows(args, labels, folder):
             "--image_size",
             "64",
         ]
-        flags += ["--model_name", "shufflenet_v2_x0_5", "--epochs", "2", "--no_augmentation", "--batch_size", "1024"]
+        flags += [
+            "--model_name",
+            "shufflenet_v2_x0_5",
+            "--epochs",
+            "2",
+            "--augmentation",
+            "none",
+            "--batch_size",
+            "1024",
+        ]
         for state in ("cold", "warm"):
             seconds, peak = run_script("train_model.py", *train_flags(data, data / "out", *flags))
             lines.append({"rows": rows, "cache": state, "seconds": round(seconds, 1), "peak_mib": round(peak)})
