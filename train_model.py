@@ -514,15 +514,14 @@ class Batches:
     @torch.inference_mode()
     def weigh(self, model, metadata, photos):
         """Predictions (n,) of n Pillow photos, whose metadata (m,) are alike, just as of rows."""
-        versions, device = self.dataset.augmentation.predicted, self.accelerator.device
-        inputs = torch.stack([self.dataset.pixels(photo, versions) for photo in photos])
+        versions, device, traits = self.dataset.augmentation.predicted, self.accelerator.device, torch.zeros(1, 0)
+        with ThreadPoolExecutor(reading.cores()) as pool:
+            inputs = torch.stack(list(pool.map(lambda photo: self.dataset.pixels(photo, versions), photos)))
+            if len(model.trait_mean):
+                traits = torch.from_numpy(np.stack(list(pool.map(plant.measure_traits, photos))))
         engine = self.engine_of(model) or self.engine
         found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(device)
-        traits = torch.zeros(len(photos), 0)
-        if len(model.trait_mean):
-            measured = np.stack([plant.measure_traits(photo) for photo in photos])
-            traits = torch.from_numpy(measured[:, : len(plant.TRAITS)])
-        beside = traits.to(device), metadata.expand(len(photos), -1).to(device)
+        beside = (part.expand(len(photos), -1).to(device) for part in (traits[:, : len(plant.TRAITS)], metadata))
         return model.eval().predict(found, *beside).cpu().numpy()
 
     def features(self, model, rows):

@@ -403,8 +403,9 @@ def code_of(*things):
     """Source text of functions and classes, and of all in this project that they use; the values of constants."""
     texts, waiting = {}, list(things)
     for thing in waiting:  # which grows
-        name = f"{thing.__module__}.{thing.__qualname__}"
-        if name in texts or not (inspect.getsourcefile(thing) or "").startswith(str(ROOT)):
+        source = Path(inspect.getsourcefile(thing) or "")
+        name = f"{source.stem}.{thing.__qualname__}"  # a module's own name would be __main__ where it is the script
+        if name in texts or ROOT not in source.parents:
             continue
         texts[name] = inspect.getsource(thing)
         nodes = [*ast.walk(ast.parse(textwrap.dedent(texts[name])))]
