@@ -577,6 +577,23 @@ def make_optimizer(model, args):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
 
 
+def train_head(model, batches, rows, loss_function):
+    """Let the head learn alone for --head_epochs, on the features of a backbone that still stands still.
+
+    The gradients of a random head would spoil features that are good (Kumar et al. 2022, ICLR, arXiv 2202.10054).
+    """
+    frozen = {"freeze_backbone": True, "unfreeze_from": None, "epochs": batches.args.head_epochs}
+    args = SimpleNamespace(**vars(batches.args) | frozen)
+    alone = Batches(batches.dataset, batches.engine, batches.store, args, batches.accelerator)
+    alone.collect(rows, rows[:0])
+    optimizer, schedule = make_optimizer(model, args)
+    torch.manual_seed(args.seed)
+    for epoch in range(1, args.epochs + 1):
+        loss = train_one_epoch(model, alone.train(rows, epoch), optimizer, loss_function, alone)
+        schedule.step()
+    logger.info(f"the head has learned alone for {args.epochs} epochs  train_loss {loss:.5f}")
+
+
 def train_one_epoch(learner, loader, optimizer, loss_function, batches):
     """One pass over a loader; returns the mean squared error over the rows, in the target's unit."""
     learner.train()
@@ -617,6 +634,8 @@ def fit(model, batches, split, progress, name="", epochs=None):
     optimizer, schedule = make_optimizer(model, args)
     deviation = float(model.to_loss_unit(batches.dataset.targets[learn].to(accelerator.device)).std())
     loss_function = LOSSES[args.loss](deviation or 1.0)
+    if model.learns and args.head_epochs and name not in progress.states:
+        train_head(model, batches, learn, loss_function)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
     done = progress.restore(name, model, optimizer, schedule)
     learner, optimizer = accelerator.prepare(model, optimizer) if model.learns else (model, optimizer)
@@ -872,6 +891,7 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
     cameras that look straight down, whose photos have no up; none: the photos as they are"""
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
+HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
 STEPS = "steps that an epoch takes at least: where photos are few it passes over them several times"
 PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
     whatever the loss; 0: never"""
@@ -901,6 +921,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     positive = number(float, 0, ends=False)
     add("--epochs", type=number(int, 1), default=20, help="passes over the training photos")
     add("--batch_size", type=number(int, 1), default=32, help="photos a training step, of all processes together")
+    add("--head_epochs", type=number(int, 0), default=0, help=HEAD)
     add("--least_steps", type=number(int, 0), default=0, help=STEPS)
     add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     add("--backbone_learning_rate", type=positive, help="of the backbone (default: --learning_rate)")

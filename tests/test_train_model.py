@@ -49,12 +49,6 @@ def batches():
     return tm.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
 
 
-@pytest.fixture
-def copied(drawn, tmp_path):
-    """The drawn set to be changed."""
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
-
-
 def change_sheet(folder, change):
     sheet = change(pd.read_excel(folder / SHEET))
     sheet.to_excel(folder / SHEET, index=False)
