@@ -190,7 +190,7 @@ def test_each_flag_alone_changes_the_answer_and_not_its_unit(drawn, tmp_path):
         "--lr_schedule cosine", "--weight_decay 10", "--metadata_columns age_days", "--augmentation none",
         "--augmentation symmetries", "--features stages traits", "--dropout 0.1", "--least_steps 30",
         "--augment_views 1", "--unfreeze_from conv5", "--unfreeze_backbone", "--image_size 96",
-        "--unfreeze_backbone --backbone_learning_rate 1e-5",
+        "--unfreeze_backbone --backbone_learning_rate 1e-5", "--unfreeze_backbone --head_epochs 2",
     ):  # fmt: skip
         metrics = train(drawn, tmp_path / "out", "--epochs", 3, "--batch_size", 8, *flags.split())
         table, history = predictions_of(tmp_path / "out"), pd.read_csv(tmp_path / "out" / "history.csv")
