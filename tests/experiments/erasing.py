@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     args = parser.parse_args()
-    run, recipe = load([*RECOMMENDED, "--no_erasing"], args.data_dir, ROOT / "models" / "erasing")
+    run, recipe = load([*RECOMMENDED, "--no_erasing", "--data_dir", args.data_dir], ROOT / "models" / "erasing")
     model = train(run, recipe, np.arange(len(run.labels)))
     plants = make_sample_data.grow(3000, seed=7)  # another seed than that of any folder drawn by default
     plants = (

@@ -84,7 +84,7 @@ def coverage(table):
 
 def by_experiment(data_dir, folder):
     """Share of an experiment's rows in the interval that the eight others promise, in two ways of calibrating."""
-    run, args = load([*RECOMMENDED, "--no_erasing"], data_dir, folder)
+    run, args = load([*RECOMMENDED, "--no_erasing", "--data_dir", data_dir], folder)
     sheet = reading.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
     experiment = run.labels["filename"].map(sheet["experiment_id"]).to_numpy(int)
     plants, rows = run.labels["_plant"].to_numpy(), np.arange(len(run.labels))
