@@ -390,12 +390,12 @@ def version_keys(dataset, engine, wanted):
     told = [engine.name, weights_digest(backbone), features.cpu().numpy().tobytes(), str(dataset.size)]
     told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, reading.open_photo)]
     keys, augmentation = {}, dataset.augmentation
+    code = {edit: [code_of(edit)] if edit else [] for edit, _ in wanted}
+    making = code_of(type(augmentation))
     for edit, version in wanted:
-        how = [code_of(edit)] if edit else []
-        how += [code_of(type(augmentation)), augmentation.describe(version)] if version else []
-        keys[edit, version] = reading.digest(
-            *told, *how, dataset.pixels(photo, (version,), edit, content).numpy().tobytes()
-        )
+        how = code[edit] + ([making, augmentation.describe(version)] if version else [])
+        pixels = dataset.pixels(photo, (version,), edit, content).numpy().tobytes()
+        keys[edit, version] = reading.digest(*told, *how, pixels)
     return keys
 
 
