@@ -114,7 +114,8 @@ def write_labels(sheet, typed, rows, args):
 def name_cells(typed, rows, *columns):
     """Name rows by their number in a spreadsheet, their photo, and what was typed into the columns."""
     found = typed.loc[rows, ["filename", *columns]].astype(object).itertuples(name=None)
-    return [f"row {row + 2} ({name}): {', '.join(map(str, cells))}" for row, name, *cells in found]
+    shown = [(row, name, ["empty" if pd.isna(cell) else str(cell) for cell in cells]) for row, name, *cells in found]
+    return [f"row {row + 2} ({name}): {', '.join(cells)}" for row, name, cells in shown]
 
 
 def find_faults(sheet, typed, rows, photos, args):
@@ -127,7 +128,7 @@ def find_faults(sheet, typed, rows, photos, args):
     total, shoot, root = (sheet.get(column, weights * np.nan) for column in NUMBERS[2:])
     off = (total - shoot - root).abs() > 0.001 + 0.01 * total.abs()  # more than rounding three weights explains
     modes, twins = photos["mode"].dropna(), photos["digest"].dropna()[lambda digests: digests.duplicated(keep=False)]
-    others = reading.other_unit(weights)[0] if reading.unit_of(target) else []
+    others, _ = reading.other_unit(weights, reading.unit_of(target))
     plants = rows["_plant"].groupby(names).transform("nunique") > 1
     same = [reading.same_name(str(name).replace("\\", "/")) for name in typed["filename"]]
     renamed = (missing == "") & (names.fillna("").map(reading.same_name) != pd.Series(same, names.index))

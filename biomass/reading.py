@@ -40,6 +40,7 @@ DRAWN_MARK = "drawn_expected_weights.csv"  # make_sample_data.py leaves it besid
 TELLS_THE_ANSWER = 0.95  # correlation with the target from which on a column is taken for it
 MOST_CATEGORIES = 50  # a text column with more is a name or a remark
 PER_GRAM = {"mg": 1000, "g": 1, "kg": 0.001}
+OTHER_UNITS = {"mg": ("ug", "g"), "g": ("mg", "kg"), "kg": ("g", "t")}  # a thousand times smaller and larger
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SIGNS, EITHER = {"point": ".", "comma": ","}, "either"  # of decimals; EITHER: a comma or point that can be both
 CODEPAGES = ["cp1252", "cp1251", "gb18030", "cp932", "big5", "cp949"]  # that a text shows, if it is no UTF
@@ -424,8 +425,8 @@ def understand(sheet, path, wanted, signs, own_units):
         typed, is_target = dict(sheet[name].dropna()), name in own_units
         bare, units = split_units(typed) if is_target else (typed, {})
         changes, text, doubtful = understand_cells(bare, *signs)
-        if doubtful and (is_target or wanted.get(name) == "--metadata_columns"):
-            text = f"'{bare[doubtful]}' in {name}, row {doubtful + 2}, has a comma for thousands or for decimals"
+        if doubtful is not None and (is_target or wanted.get(name) == "--metadata_columns"):
+            text = f"'{bare[doubtful]}' in {name}, row {doubtful + 2}, can be in thousands or have decimals"
             raise UserError(f"{path}: {text}; pass --decimal point or --decimal comma")
         told[text].append(name)
         if is_target:
@@ -449,13 +450,13 @@ def understand_cells(typed, decimal, of_separator):
     commas = {row: text for row, text in either.items() if "," in text}
     seen = {",", "."} & set(signs.values())
     sign = decimal or (min(seen) if len(seen) == 1 else "" if seen else of_separator)
+    if sign == of_separator != decimal and len(commas) < len(either) and not seen:
+        return {}, "", next(row for row in either if row not in commas)  # 1.234 between semicolons, and nothing else
     if sign == ".":
         meant = {row: text.replace(",", "") for row, text in commas.items()}
         return meant, "commas between thousands" if meant else "", None
     if sign == ",":
-        points = decimal or seen  # else 1.234 stays as it is: a separator alone does not tell that it is 1234
-        meant = {row: text.replace(".", "") for row, text in either.items()} if points else commas
-        meant = {row: text.replace(",", ".") for row, text in meant.items()}
+        meant = {row: text.replace(".", "").replace(",", ".") for row, text in either.items()}
         return meant, "decimal commas" if meant or seen else "", None
     return {}, "decimal commas" if seen else "", next(iter(commas), None) if not seen else None
 
@@ -583,8 +584,8 @@ def load_labels(args):
     tell_readings(sheet, args.labels_path)
     labels = drop_faulty(load_rows(sheet, args), unnamed=f"without {target}")
     if labels.empty:
-        raise UserError(f"no row of {args.labels_path} has a file name, a plant and a number in '{target}'")
-    other, how = other_unit(labels[target]) if unit_of(target) else (labels.index[:0], "")
+        raise UserError(f"no row of {args.labels_path} has a file name and a number in '{target}', and a plant")
+    other, how = other_unit(labels[target], unit_of(target))
     if len(other):
         logger.info(f"warning: {len(other):,} weights some {how}: {name_rows(labels.loc[other])}")
     for name in args.metadata_columns:
@@ -592,13 +593,15 @@ def load_labels(args):
     return labels
 
 
-def other_unit(weights):
+def other_unit(weights, unit):
     """Index of the weights that seem to be in another unit than the others, and what they look like."""
+    if not unit:
+        return weights.index[:0], ""
     large = weights > 30 * weights.quantile(0.75)
     large &= (weights / 1000).between(weights[~large].min(), weights[~large].max())
     logs = np.log10(weights[weights > 0].sort_values())
     if large.any() or len(logs) < 4:
-        return weights.index[large], "1000 times the others, as if in a smaller unit, say mg"
+        return weights.index[large], f"1000 times the others, as if in {OTHER_UNITS[unit][0]}"
     first, all_rows = np.arange(1, len(logs)), len(logs)
     low = logs.cumsum().to_numpy()[:-1]
     between = (low / first - (logs.sum() - low) / (all_rows - first)) ** 2 * first * (all_rows - first)
@@ -607,8 +610,8 @@ def other_unit(weights):
     if not 2.5 < apart < 3.5:  # weights of one unit spread, but not into two groups that lie 1000 apart
         return weights.index[:0], ""
     if split >= all_rows / 2:
-        return logs.index[split:].sort_values(), "1000 times the others, as if in a smaller unit, say mg"
-    return logs.index[:split].sort_values(), "1000 times below the others, as if in a larger unit, say kg"
+        return logs.index[split:].sort_values(), f"1000 times the others, as if in {OTHER_UNITS[unit][0]}"
+    return logs.index[:split].sort_values(), f"1000 times below the others, as if in {OTHER_UNITS[unit][1]}"
 
 
 def drop_faulty(rows, unnamed=""):
