@@ -52,7 +52,8 @@ def load_sheet(args):
     reading.tell_readings(typed, args.labels_path)
     sheet, found = typed.copy(), reading.find_photos(typed["filename"], args.image_dir)
     root = os.path.realpath(args.image_dir)
-    sheet["filename"] = [None if fault else Path(os.path.relpath(path, root)).as_posix() for path, fault in found]
+    places = [None if fault else Path(os.path.relpath(path, root)).as_posix() for path, fault in found.to_numpy()]
+    sheet["filename"] = pd.Series(places, sheet.index, object)
     for column in typed.columns.drop("filename"):
         is_id = column in [*PLANT, *args.group_by]
         cells = reading.to_ids(typed[column]) if is_id else typed[column]
@@ -62,7 +63,7 @@ def load_sheet(args):
     if args.target == "filename" or not sheet[args.target].count():
         text = f"no row of {args.labels_path} has a number in '{args.target}'"
         raise UserError(f"{text}: name the column of the weights by --target")
-    missing = pd.Series([fault for _, fault in found], typed.index)
+    missing = found["_fault"]
     rows = reading.load_rows(typed, args)
     return sheet, typed, reading.blame(rows, missing != "", missing).assign(_missing=missing)
 

@@ -84,7 +84,8 @@ def find_rows(args, checkpoint):
             raise UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
-    rows = pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""})
+    rows = {"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""}
+    rows = pd.DataFrame(rows, dtype=object)  # as str holds no bytes of old systems
     return rows.assign(**{checkpoint.target: np.nan})
 
 
@@ -96,9 +97,9 @@ def rows_of_sheet(args, target, columns):
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:
         raise UserError(f"no row of {args.labels_path} has a file name")
-    paths, faults = zip(*reading.find_photos(named["filename"], args.image_dir), strict=True)
     measured = reading.to_numbers(named[target]) if target in named else np.nan
-    return named[["filename", *columns]].assign(_path=paths, _fault=faults, **{target: measured})
+    found = reading.find_photos(named["filename"], args.image_dir)
+    return named[["filename", *columns]].assign(**found, **{target: measured})
 
 
 # ---------------------------------------------------------------- weights

@@ -310,8 +310,10 @@ def check_size(content):
 
 
 def workbook_cells(page, most):
+    """Cells of a sheet, as far to the right as its first rows reach."""
     rows = page.to_python(skip_empty_area=False, nrows=most)
-    whole = [[int(cell) if type(cell) is float and cell.is_integer() else cell for cell in row] for row in rows]
+    width = max((at for row in rows[:HEADER_WITHIN] for at, cell in enumerate(row) if str(cell).strip()), default=0) + 1
+    whole = [[int(cell) if type(cell) is float and cell.is_integer() else cell for cell in row[:width]] for row in rows]
     return pd.DataFrame(whole, dtype=object)
 
 
@@ -637,8 +639,7 @@ def filter_missing_images(labels, args, known):
 
     `known` is that of look_at_files.
     """
-    paths, faults = zip(*find_photos(labels["filename"], args.image_dir), strict=True)
-    labels = look_at_files(labels.assign(_path=paths, _fault=faults), known)
+    labels = look_at_files(labels.assign(**find_photos(labels["filename"], args.image_dir)), known)
     faults = "whose photo is missing or unreadable: " + labels["_fault"]
     labels = drop_faulty(labels.assign(_fault=labels["_fault"].mask(labels["_fault"] != "", faults)))
     labels = drop_faulty(blame_repeated(labels, "_path", args))  # one photo by several spellings of its name
@@ -736,13 +737,13 @@ def stem(name):
 FITS = [  # how a name in a sheet can fit a photo, from strict to lax: of the file and of the name what must be alike
     ("", lambda file: file, lambda name: name),
     ("in a subfolder", os.path.basename, lambda name: name),
-    ("by its name without suffix", stem, stem),
-    ("in a subfolder by its name without suffix", lambda file: stem(os.path.basename(file)), stem),
+    ("by the name without suffix", stem, stem),
+    ("in a subfolder by the name without suffix", lambda file: stem(os.path.basename(file)), stem),
 ]
 
 
 def find_photos(names, folder):
-    """Path and fault ("" if none) of each photo that a sheet names; none leads out of `folder`."""
+    """`_path` and `_fault` ("" if none) of each photo that a sheet names; none leads out of `folder`."""
     if not Path(folder).is_dir():
         raise UserError(f"no image folder at {folder}: pass --image_dir with the folder of the photos")
     root = os.path.realpath(folder)
@@ -757,7 +758,8 @@ def find_photos(names, folder):
         odd = [name for name in lacking if len(fitting[name]) == 1] if how else []
         if odd:
             logger.info(f"{len(odd):,} photos found {how}, say {one_line(odd[0])} as {fitting[odd[0]][0]}")
-    return [check_place(root, wanted[str(name)], fitting[str(name)]) for name in names]
+    found = [check_place(root, wanted[str(name)], fitting[str(name)]) for name in names]
+    return pd.DataFrame(found, names.index, ["_path", "_fault"], dtype=object)  # as str holds no bytes of old systems
 
 
 def check_place(root, wanted, files):
@@ -782,14 +784,10 @@ def look_at_files(rows, known, decode=False):
     look = functools.partial(look_at, known, decode)
     contents, faults, states, notes = zip(*thread_map(look, rows["_path"], rows["_fault"], **bar), strict=True)
     known.update({path: state for path, state in zip(rows["_path"], states, strict=True) if state})
-    notes = pd.Series(notes, rows.index, dtype=object)
-    for note in notes[notes != ""].unique():
-        logger.info(f"{(notes == note).sum():,} photos, {note}: {name_photos(rows['filename'][notes == note])}")
+    for note in dict.fromkeys(filter(None, notes)):
+        names = [one_line(name) for name, own in zip(rows["filename"], notes, strict=True) if own == note]
+        logger.info(f"{len(names):,} photos {note}: {', '.join(names[:10])}{' and others' if names[10:] else ''}")
     return rows.assign(_content=contents, _fault=faults)
-
-
-def name_photos(names, most=10):
-    return ", ".join(names[:most].map(one_line)) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def look_at(known, decode, path, fault):
