@@ -226,7 +226,9 @@ def draw_where_it_looks(run, heats, table, args):
 
 def judge_within(table, args):
     """Errors within each value of the --within column, as a pooled R2 can come from differences between them alone."""
-    sheet = reading.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
+    sheet = (
+        reading.read_sheet(args.labels_path, {args.within: ""}, args).drop_duplicates("filename").set_index("filename")
+    )
     if args.within not in sheet or sheet[args.within].isna().all():
         logger.info(f"not judged within {args.within}: the sheet has no such column, or it is empty")
         return {}

@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 SAVE_EVERY = 30  # seconds between two states of a running training
 WITH_PLANT = 0.95  # share of photos that show a plant from which on its traits go in
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
-PLACES += ["num_workers", "resume", "device", "track"]  # none of them changes the result
+PLACES += ["num_workers", "resume", "device", "track", *vars(reading.PLAIN)]  # none of them changes the result
 
 logger = logging.getLogger("biomass")
 
@@ -938,15 +938,20 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
     add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
-    add("--cache_dir", type=Path, default=".feature_cache", help="keeps features for later runs; none: for this one")
+    add(
+        "--cache_dir",
+        type=reading.a_path,
+        default=".feature_cache",
+        help="keeps features for later runs; none: for this one",
+    )
     add("--resume", action="store_true", help="go on with the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
-    add("--results_dir", type=Path, default=results, help="folder of the metrics, tables and pictures")
-    add("--metrics_path", type=Path, help="JSON (default: RESULTS_DIR/metrics.txt)")
-    add("--curves_path", type=Path, help="picture (default: RESULTS_DIR/training_curves.png)")
-    add("--model_out", type=Path, default=model, help="checkpoint")
+    add("--results_dir", type=reading.a_path, default=results, help="folder of the metrics, tables and pictures")
+    add("--metrics_path", type=reading.a_path, help="JSON (default: RESULTS_DIR/metrics.txt)")
+    add("--curves_path", type=reading.a_path, help="picture (default: RESULTS_DIR/training_curves.png)")
+    add("--model_out", type=reading.a_path, default=model, help="checkpoint")
     log = "training.log" if results == "results" else f"{results}/training.log"
-    add("--log_path", type=Path, default=log, help="log of the latest run")
+    add("--log_path", type=reading.a_path, default=log, help="log of the latest run")
     add("--track", choices=["tensorboard", "mlflow", "wandb"], help="also log each epoch there, if it is installed")
     return parser
 
