@@ -356,7 +356,7 @@ def predict(argv, started):
         augmentation = tm.AUGMENTATIONS[checkpoint.settings["augmentation"]](0, 0)
         dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, augmentation)
         dataset.metadata = torch.from_numpy(reading.encode_metadata(good, checkpoint.metadata))
-        batches = tm.Batches(dataset, engine, store, args, accelerator)
+        batches = features.Batches(dataset, engine, store, args, accelerator)
         if checkpoint.settings["traits"]:
             dataset.traits[None] = batches.traits(np.arange(len(good)))
         table, coverage = add_interval(weigh_rows(rows, checkpoint, batches), checkpoint, args.coverage)

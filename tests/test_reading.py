@@ -319,7 +319,7 @@ def sheets(draw):
 
 
 def write_random(folder, table, kind, order, how, above, extra):
-    """Write the sheet with its columns renamed and in another order, and below some rows, beside another sheet, merged."""
+    """Write the sheet with its columns renamed and in another order, below rows, beside a sheet, merged."""
     table = table[order].rename(columns=lambda name: spelled(name, how))
     if kind == "parquet":
         table.astype("string").to_parquet(path := folder / "labels.parquet")

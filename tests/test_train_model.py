@@ -46,7 +46,7 @@ class Stub(torch.nn.Module):
 def batches():
     """What the loop asks for, around batches that a test gives it."""
     AcceleratorState._reset_state()
-    return tm.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
+    return features.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
 
 
 def change_sheet(folder, change):

@@ -99,7 +99,7 @@ CHANGES = [
      "an odd trait counts without bound", "train_model recipe: trait"),
     (TRAIN, "torch.log1p(traits[:, : len(plant.SIZES)])", "traits[:, : len(plant.SIZES)]",
      "sizes go in twice, without their logarithms", "train_model recipe: trait"),
-    (TRAIN, "WITH_PLANT = 0.95", "WITH_PLANT = 0.5", "traits go in where half of the photos show no plant",
+    (FEATURES, "WITH_PLANT = 0.95", "WITH_PLANT = 0.5", "traits go in where half of the photos show no plant",
      "recipe: traits"),
     # what is fed
     (TRAIN, "return self.make(np.asarray(rows), self.dataset.augmentation.predicted, edit)",
@@ -159,7 +159,7 @@ CHANGES = [
      "what is erased is called by the other's name", "looks_at_plant"),
     (CROSS, 'kinds = {1 / 3: "from the plants"', 'kinds = {0.9: "from the plants"',
      "a model of the background is said to look at the plants", "looks_at_plant cross_validate: planted or verdict"),
-    (CROSS, "if without > 1 - tm.WITH_PLANT:", "if without > tm.WITH_PLANT:",
+    (CROSS, "if without > 1 - features.WITH_PLANT:", "if without > features.WITH_PLANT:",
      "a verdict is given where a fifth of the photos shows no plant", "cross_validate: verdict"),
     (CROSS, 'transform("mean")', 'transform("median")', "R2 within groups is about their medians",
      "looks_at_plant: planted"),
