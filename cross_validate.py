@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import train_model as tm
-from biomass import plant, reading, writing
+from biomass import features, plant, reading, writing
 from biomass.reading import UserError
 
 SHOWN = 12  # photos with a heat map
@@ -179,7 +179,7 @@ def verdict(metrics, shares):
     if metrics["val_r_ci95"] and metrics["val_r_ci95"][0] <= 0:
         return f"no weight can be read from these photos: r {whole:.2f}"
     withheld = "whether the weight is read from the plants cannot be told: "
-    if without > 1 - tm.WITH_PLANT:
+    if without > 1 - features.WITH_PLANT:
         return f"{withheld}{without:.0%} of the photos show no green that could be taken for a plant"
     if not LEAST_PLANT < middle < MOST_PLANT:
         return f"{withheld}what is green takes {middle:.2%} of the middle photo, so it is hardly the plant"
@@ -226,7 +226,9 @@ def draw_where_it_looks(run, heats, table, args):
 
 def judge_within(table, args):
     """Errors within each value of the --within column, as a pooled R2 can come from differences between them alone."""
-    sheet = reading.read_sheet(args.labels_path).drop_duplicates("filename").set_index("filename")
+    sheet = (
+        reading.read_sheet(args.labels_path, {args.within: ""}, args).drop_duplicates("filename").set_index("filename")
+    )
     if args.within not in sheet or sheet[args.within].isna().all():
         logger.info(f"not judged within {args.within}: the sheet has no such column, or it is empty")
         return {}

@@ -562,7 +562,12 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=with_defaults)
     parser.error = lambda text: parser.exit(2, f"make_sample_data.py: error: {' '.join(text.split())}\n")  # one line
     parser.add_argument("--num_images", type=int, default=400, help="photos to draw; the real set has 4294")
-    parser.add_argument("--out", type=Path, default=Path("sample_data"), help="folder to draw into")
+    parser.add_argument(
+        "--out",
+        type=lambda text: Path(os.path.expanduser(text)),
+        default=Path("sample_data"),
+        help="folder to draw into",
+    )
     parser.add_argument("--seed", type=int, default=42, help="same seed, same pixels and same cells")
     parser.add_argument("--with_faults", action="store_true", help="draw in ten faults of real folders")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes that draw")

@@ -75,31 +75,31 @@ def find_rows(args, checkpoint):
         text = f"{args.model} has learned from {', '.join(columns)} too"
         raise UserError(f"{text}: pass them by --labels_path")
     found = {}
-    for path in map(Path, args.photos):
-        inside = sorted(path.rglob("*") if args.recursive else path.iterdir()) if path.is_dir() else [path]
-        photos = [one for one in inside if one.is_file() and (one == path or is_photo(one.name))]
+    for path in args.photos:
+        inside = sorted(map(Path, reading.list_files(path, args.recursive))) if path.is_dir() else []
+        photos = [path / name for name in inside if reading.is_photo(name.name)] or [path]
+        photos = [photo for photo in photos if photo.is_file()]
         if not photos:
             suffixes = ", ".join(reading.PHOTO_SUFFIXES)
             raise UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
-    rows = pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""})
+    rows = {"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""}
+    rows = pd.DataFrame(rows, dtype=object)  # as str holds no bytes of old systems
     return rows.assign(**{checkpoint.target: np.nan})
 
 
-def is_photo(name):
-    return name.lower().endswith(reading.PHOTO_SUFFIXES) and name[0] != "."  # as macOS's own beside each photo
-
-
 def rows_of_sheet(args, target, columns):
-    sheet = reading.read_sheet(args.labels_path, columns)
+    columns = dict.fromkeys(columns, "--metadata_columns")
+    sheet = reading.read_sheet(args.labels_path, columns | {target: ""}, args, target)
+    reading.tell_readings(sheet, args.labels_path)
     named = sheet.dropna(subset="filename").reset_index(drop=True)
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:
         raise UserError(f"no row of {args.labels_path} has a file name")
-    paths, faults = zip(*reading.find_photos(named["filename"], args.image_dir), strict=True)
     measured = reading.to_numbers(named[target]) if target in named else np.nan
-    return named[["filename", *columns]].assign(_path=paths, _fault=faults, **{target: measured})
+    found = reading.find_photos(named["filename"], args.image_dir)
+    return named[["filename", *columns]].assign(**found, **{target: measured})
 
 
 # ---------------------------------------------------------------- weights
@@ -280,24 +280,41 @@ def export(checkpoint, path):
 def build_parser():
     parser = writing.new_parser("predict.py", __doc__)
     add = parser.add_argument_group("input").add_argument
-    add("photos", nargs="*", metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
+    add("photos", nargs="*", type=reading.a_path, metavar="PHOTO_OR_FOLDER", help="photos, or folders of photos")
     add("--recursive", action="store_true", help="also the folders in the folders")
-    add("--labels_path", type=Path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
-    add("--image_dir", type=Path, help="folder of the sheet's photos (default: images_med_res beside the sheet)")
-    add("--model", type=Path, default="models/biomass_resnet.pt", help="checkpoint")
+    add("--labels_path", type=reading.a_path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
+    folder = "folder of the sheet's photos (default: images_med_res beside the sheet)"
+    add("--image_dir", type=reading.a_path, help=folder)
+    reading.add_sheet_flags(add)
+    add("--model", type=reading.a_path, default="models/biomass_resnet.pt", help="checkpoint")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the training")
-    add("--cache_dir", type=Path, default=".feature_cache", help="keeps features for later runs; none: for this one")
+    add(
+        "--cache_dir",
+        type=reading.a_path,
+        default=".feature_cache",
+        help="keeps features for later runs; none: for this one",
+    )
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default="predictions.csv", help="table")
+    add("--out", type=reading.a_path, default="predictions.csv", help="table")
     add(
         "--coverage", type=writing.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval"
     )
     scale = writing.number(float, 0, ends=False)
     add("--mm_per_pixel", type=scale, help="scale of the photos: traits in mm, else in pixels")
-    add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
-    add("--explain", type=Path, metavar="PNG", help="picture of where the model looks, on a dozen of the photos")
-    add("--export", type=Path, metavar="FILE.onnx", help="write the model for other programs; photos are then optional")
+    add("--sheet", type=reading.a_path, metavar="PNG", help="picture of the photos with their predictions")
+    add(
+        "--explain",
+        type=reading.a_path,
+        metavar="PNG",
+        help="picture of where the model looks, on a dozen of the photos",
+    )
+    add(
+        "--export",
+        type=reading.a_path,
+        metavar="FILE.onnx",
+        help="write the model for other programs; photos are then optional",
+    )
     return parser
 
 
@@ -339,7 +356,7 @@ def predict(argv, started):
         augmentation = tm.AUGMENTATIONS[checkpoint.settings["augmentation"]](0, 0)
         dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, augmentation)
         dataset.metadata = torch.from_numpy(reading.encode_metadata(good, checkpoint.metadata))
-        batches = tm.Batches(dataset, engine, store, args, accelerator)
+        batches = features.Batches(dataset, engine, store, args, accelerator)
         if checkpoint.settings["traits"]:
             dataset.traits[None] = batches.traits(np.arange(len(good)))
         table, coverage = add_interval(weigh_rows(rows, checkpoint, batches), checkpoint, args.coverage)

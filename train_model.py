@@ -12,8 +12,8 @@ Writes models/biomass_resnet.pt (the model), training.log (what happened), and i
 
 The way of the data: sheet -> load_labels -> filter_missing_images -> split_by_plant -> BiomassDataset -> Backbone ->
 head -> grams -> report. First comes the recipe, what one would change: the loss, the augmentation, the head, the split.
-In biomass/: reading.py (sheet and photos), plant.py (where the plant is), features.py (networks, weights, the engine,
-and the store of features, as a frozen backbone sees each photo once), writing.py (scores, tables, pictures, the log).
+In biomass/: reading.py (sheet and photos), plant.py (where the plant is), features.py (networks, weights, the store of
+features, as a frozen backbone sees each photo once, and batches), writing.py (scores, tables, pictures, the log).
 """
 
 import copy
@@ -46,12 +46,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 SAVE_EVERY = 30  # seconds between two states of a running training
-WITH_PLANT = 0.95  # share of photos that show a plant from which on its traits go in
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
-PLACES += ["num_workers", "resume", "device", "track"]  # none of them changes the result
+PLACES += ["num_workers", "resume", "device", "track", *vars(reading.PLAIN)]  # none of them changes the result
 
 logger = logging.getLogger("biomass")
 
@@ -147,8 +146,13 @@ RECIPES = {  # flags; one that is given beside --recipe wins
     "recommended": """--model_name tf_efficientnet_lite0 --image_size 288 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
+    "all_layers": """--model_name tf_efficientnet_lite0 --image_size 224 --features last stages traits
+        --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
+        --unfreeze_backbone --head_epochs 40 --epochs 8 --backbone_learning_rate 1e-4
+        --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
+BACKBONE_DECAY = 0.01  # the weight decay of a backbone that learns: what it knows is not to fade
 HEAD_WIDTH, METADATA_WIDTH = 256, 32  # the study's head, and the one of the metadata beside it
 TRAITS_WEIGHT, MOST_DEVIATIONS = 12, 4  # deviation of a trait where that of a feature is 1; beyond which traits are cut
 
@@ -332,6 +336,7 @@ class BiomassModel(nn.Module):
         if learn_from and not (learn_from in paths and [*backbone.net.get_submodule(learn_from).parameters()]):
             some = ", ".join(path for path, _ in backbone.net.named_children())
             raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
+        self.still_norms = False  # whether BatchNorm keeps its statistics where its layer learns
         self.frozen = paths[: paths.index(learn_from)] if self.learns else paths
         for path in self.frozen:
             for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
@@ -348,6 +353,8 @@ class BiomassModel(nn.Module):
         super().train(mode)
         for path in self.frozen:
             self.backbone.net.get_submodule(path).training = False
+        for module in self.backbone.modules():
+            module.training &= not (self.still_norms and isinstance(module, nn.BatchNorm2d))
         return self
 
     def forward(self, inputs, traits, metadata):
@@ -423,127 +430,6 @@ def trait_inputs(traits):
     return torch.cat([traits, torch.log1p(traits[:, : len(plant.SIZES)])], 1)
 
 
-# ---------------------------------------------------------------- batches
-
-
-class Batches:
-    """What a model is fed: photos where its backbone learns, else their features, which the store gives."""
-
-    def __init__(self, dataset, engine, store, args, accelerator):
-        self.dataset, self.engine, self.store, self.args, self.accelerator = dataset, engine, store, args, accelerator
-        self.held = {}
-
-    def collect(self, train_rows, judged_rows, edits=None):
-        """Have ready what training and prediction will ask for: traits, and features of a frozen backbone.
-
-        `edits` are rows by edit, see BiomassDataset. With --augment_views 0 each epoch collects its own.
-        """
-        augmentation, args, edits = self.dataset.augmentation, self.args, edits or {}
-        whole = self.dataset.traits[None]
-        for edit, rows in edits.items():
-            self.dataset.traits[edit] = self.traits(rows, edit) if whole.shape[1] else whole
-        if learns(args):
-            return
-        wanted = {(None, version): train_rows for version in augmentation.kept(args.epochs * self.passes(train_rows))}
-        judged_rows = np.union1d(judged_rows, train_rows) if args.standardize_features else judged_rows
-        for version in augmentation.predicted:
-            trained = wanted.get((None, version), judged_rows)
-            wanted[None, version] = np.union1d(judged_rows, trained)
-            wanted |= {(edit, version): rows for edit, rows in edits.items()}
-        self.held = dict.fromkeys(wanted, self.reader(wanted))
-
-    def add_traits(self):
-        """Give the dataset its photos' traits, if nearly all of them show a plant."""
-        rows = np.arange(len(self.dataset))
-        without = int((self.measured(rows)[:, 0] == 0).sum())
-        if without > (1 - WITH_PLANT) * len(rows):
-            logger.info(f"traits left out: {without:,} of {len(rows):,} photos show no plant to be measured")
-        else:
-            self.dataset.traits[None] = self.traits(rows)
-
-    def traits(self, rows, edit=None):
-        """Traits as the dataset holds them: (all rows, t), NaN where they were not measured."""
-        traits = torch.full((len(self.dataset), len(plant.TRAITS)), torch.nan)
-        traits[rows] = torch.from_numpy(self.measured(rows, edit))[:, : len(plant.TRAITS)]
-        return traits
-
-    def measured(self, rows, edit=None):
-        """What plant.MEASURED names of the rows' photos, from the store: float32 (len(rows), k)."""
-        return features.measure(plant.measure_traits, self.dataset, self.store, self.accelerator, (rows, edit))
-
-    def reader(self, wanted):
-        return features.collect(self.dataset, self.engine, self.store, wanted, self.accelerator)
-
-    def train(self, rows, epoch, passes=None):
-        """Batches of an epoch, in an order of its own: inputs (n, 1, ...), traits, metadata and targets (n,).
-
-        Where a pass over the rows takes fewer steps than --least_steps, an epoch makes several, in other versions.
-        """
-        args, count = self.args, self.passes(rows)
-        for number in range((epoch - 1) * count, (epoch - 1) * count + (passes or count)):
-            shuffled = np.random.default_rng([args.seed, number + 1]).permutation(rows)
-            if learns(args) and len(rows) % args.batch_size == 1:
-                shuffled = shuffled[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each pass
-            yield from self.make(shuffled, (self.dataset.augmentation.trained(number),))
-
-    def passes(self, rows):
-        steps = math.ceil(len(rows) / self.args.batch_size)
-        return max(math.ceil(self.args.least_steps / max(steps, 1)), 1)
-
-    def judge(self, rows, edit=None):
-        """Batches to predict rows from, in their order: inputs (n, versions, ...), traits, metadata and targets."""
-        return self.make(np.asarray(rows), self.dataset.augmentation.predicted, edit)
-
-    def make(self, rows, versions, edit=None):
-        size, dataset = self.args.batch_size, self.dataset
-        if learns(self.args):
-            items = [(row, versions, edit) for row in rows.tolist()]
-            loader = DataLoader(Subset(dataset, items), size, num_workers=dataset.num_workers)
-            return self.accelerator.prepare_data_loader(loader)
-        read = self.held.get((edit, versions[0])) or self.reader({(edit, version): rows for version in versions})
-        parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        return ((read(part, versions, edit), *dataset.beside(part, edit)) for part in parts)
-
-    def see(self, model, inputs, engine):
-        """Features (n, versions, width) of inputs, by the engine where they are photos."""
-        if inputs.dim() == 3:
-            return inputs.to(self.accelerator.device)
-        found = torch.from_numpy(engine([inputs.flatten(0, 1).cpu()])).to(self.accelerator.device)
-        return found.view(*inputs.shape[:2], -1)
-
-    @torch.inference_mode()
-    def weigh(self, model, metadata, photos):
-        """Predictions (n,) of n Pillow photos, whose metadata (m,) are alike, just as of rows."""
-        versions, device, traits = self.dataset.augmentation.predicted, self.accelerator.device, torch.zeros(1, 0)
-        with ThreadPoolExecutor(reading.cores()) as pool:
-            inputs = torch.stack(list(pool.map(lambda photo: self.dataset.pixels(photo, versions), photos)))
-            if len(model.trait_mean):
-                traits = torch.from_numpy(np.stack(list(pool.map(plant.measure_traits, photos))))
-        engine = self.engine_of(model) or self.engine
-        found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(device)
-        beside = (part.expand(len(photos), -1).to(device) for part in (traits[:, : len(plant.TRAITS)], metadata))
-        return model.eval().predict(found, *beside).cpu().numpy()
-
-    def features(self, model, rows):
-        """Features (len(rows), width) of the photos as they are, by the model as it is now."""
-        engine, found = self.engine_of(model), []
-        for inputs, *_ in self.make(np.asarray(rows), (0,)):
-            found.append(self.gather(self.see(model, inputs, engine)[:, 0]))
-        return torch.cat(found)
-
-    def engine_of(self, model):
-        return features.Engine(model.backbone, self.accelerator.device, self.args.precision) if model.learns else None
-
-    def gather(self, values):
-        """The values of all processes, each row once; of features each process has all rows already."""
-        return (self.accelerator.gather_for_metrics(values) if learns(self.args) else values).cpu()
-
-
-def learns(args):
-    """Whether any part of the backbone does."""
-    return bool(args.unfreeze_from) or not args.freeze_backbone
-
-
 # ---------------------------------------------------------------- loop
 
 
@@ -553,10 +439,11 @@ def new_model(batches, backbone, train_rows):
     torch.manual_seed(args.seed)
     plan = reading.plan_metadata(dataset.labels.iloc[train_rows], args.metadata_columns)
     dataset.metadata = torch.from_numpy(reading.encode_metadata(dataset.labels, plan))
-    backbone = copy.deepcopy(backbone) if learns(args) else backbone
+    backbone = copy.deepcopy(backbone) if features.learns(args) else backbone
     learn_from = args.unfreeze_from if args.freeze_backbone else ""
     widths = dataset.traits[None].shape[1], dataset.metadata.shape[1]
     model = BiomassModel(backbone, learn_from, *widths, args.target_transform, args.dropout)
+    model.still_norms = args.head_epochs > 0  # as the head learns first from features of these statistics
     model.plan, model.trained_on = plan, {"rows": len(train_rows), "plants": plants_of(dataset.labels, train_rows)}
     model.fit_targets(dataset.targets[train_rows])
     model.fit_traits(dataset.traits[None][train_rows])
@@ -566,15 +453,35 @@ def new_model(batches, backbone, train_rows):
 
 
 def make_optimizer(model, args):
-    """AdamW over all that learns, the backbone with a rate of its own, and the schedule of the rates."""
+    """AdamW over all that learns, and the schedule of the rates; a head that has learned before goes on at one rate."""
     head = [parameter for name, parameter in model.named_parameters() if not name.startswith("backbone.")]
     backbone = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
-    groups = [{"params": head}, {"params": backbone, "lr": args.backbone_learning_rate or args.learning_rate}]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    rate = args.backbone_learning_rate or args.learning_rate
+    groups = [
+        {"params": head, "lr": rate if args.head_epochs else args.learning_rate, "weight_decay": args.weight_decay}
+    ]
+    groups += [{"params": backbone, "lr": rate, "weight_decay": BACKBONE_DECAY}] if backbone else []
+    optimizer = torch.optim.AdamW(groups, fused=True)
     if args.lr_schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+
+
+def train_head(model, batches, rows, loss_function):
+    """Let the head learn alone for --head_epochs, on the features of a backbone that still stands still.
+
+    The gradients of a random head would spoil features that are good (Kumar et al. 2022, ICLR, arXiv 2202.10054).
+    """
+    frozen = {"freeze_backbone": True, "unfreeze_from": None, "epochs": batches.args.head_epochs, "head_epochs": 0}
+    args = SimpleNamespace(**(vars(batches.args) | frozen))
+    alone = features.Batches(batches.dataset, batches.engine, batches.store, args, batches.accelerator)
+    alone.collect(rows, rows[:0])
+    optimizer, schedule = make_optimizer(model, args)
+    torch.manual_seed(args.seed)
+    for epoch in range(1, args.epochs + 1):
+        loss = train_one_epoch(model, alone.train(rows, epoch), optimizer, loss_function, alone)
+        schedule.step()
+    logger.info(f"the head has learned alone for {args.epochs} epochs  train_loss {loss:.5f}")
 
 
 def train_one_epoch(learner, loader, optimizer, loss_function, batches):
@@ -617,6 +524,8 @@ def fit(model, batches, split, progress, name="", epochs=None):
     optimizer, schedule = make_optimizer(model, args)
     deviation = float(model.to_loss_unit(batches.dataset.targets[learn].to(accelerator.device)).std())
     loss_function = LOSSES[args.loss](deviation or 1.0)
+    if model.learns and args.head_epochs and name not in progress.states:
+        train_head(model, batches, learn, loss_function)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
     done = progress.restore(name, model, optimizer, schedule)
     learner, optimizer = accelerator.prepare(model, optimizer) if model.learns else (model, optimizer)
@@ -841,12 +750,12 @@ def start_accelerator(args, started):
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
     accelerator = Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16" if args.precision == "bf16" and learns(args) else "no",
+        mixed_precision="bf16" if args.precision == "bf16" and features.learns(args) else "no",
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=args.track,
         project_dir=args.results_dir,
     )
-    if learns(args) and (args.batch_size % accelerator.num_processes or args.batch_size < 2):
+    if features.learns(args) and (args.batch_size % accelerator.num_processes or args.batch_size < 2):
         text = f"--batch_size {args.batch_size} must be at least 2 and a multiple of {accelerator.num_processes}"
         raise UserError(f"{text}, the number of processes, where layers of the backbone learn")
     if args.track:
@@ -872,6 +781,8 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
     cameras that look straight down, whose photos have no up; none: the photos as they are"""
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
+RATE = "of the backbone, and after --head_epochs of the head too (default: --learning_rate)"
+HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
 STEPS = "steps that an epoch takes at least: where photos are few it passes over them several times"
 PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
     whatever the loss; 0: never"""
@@ -901,10 +812,11 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     positive = number(float, 0, ends=False)
     add("--epochs", type=number(int, 1), default=20, help="passes over the training photos")
     add("--batch_size", type=number(int, 1), default=32, help="photos a training step, of all processes together")
+    add("--head_epochs", type=number(int, 0), default=0, help=HEAD)
     add("--least_steps", type=number(int, 0), default=0, help=STEPS)
     add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
-    add("--backbone_learning_rate", type=positive, help="of the backbone (default: --learning_rate)")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")
+    add("--backbone_learning_rate", type=positive, help=RATE)
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, on the head; the backbone's is 0.01")
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)
     add("--dropout", type=number(float, 0, 1), default=0.3, help="share of the features that a step leaves out")
@@ -917,15 +829,20 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
     add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
-    add("--cache_dir", type=Path, default=".feature_cache", help="keeps features for later runs; none: for this one")
+    add(
+        "--cache_dir",
+        type=reading.a_path,
+        default=".feature_cache",
+        help="keeps features for later runs; none: for this one",
+    )
     add("--resume", action="store_true", help="go on with the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
-    add("--results_dir", type=Path, default=results, help="folder of the metrics, tables and pictures")
-    add("--metrics_path", type=Path, help="JSON (default: RESULTS_DIR/metrics.txt)")
-    add("--curves_path", type=Path, help="picture (default: RESULTS_DIR/training_curves.png)")
-    add("--model_out", type=Path, default=model, help="checkpoint")
+    add("--results_dir", type=reading.a_path, default=results, help="folder of the metrics, tables and pictures")
+    add("--metrics_path", type=reading.a_path, help="JSON (default: RESULTS_DIR/metrics.txt)")
+    add("--curves_path", type=reading.a_path, help="picture (default: RESULTS_DIR/training_curves.png)")
+    add("--model_out", type=reading.a_path, default=model, help="checkpoint")
     log = "training.log" if results == "results" else f"{results}/training.log"
-    add("--log_path", type=Path, default=log, help="log of the latest run")
+    add("--log_path", type=reading.a_path, default=log, help="log of the latest run")
     add("--track", choices=["tensorboard", "mlflow", "wandb"], help="also log each epoch there, if it is installed")
     return parser
 
@@ -944,7 +861,7 @@ def complete_arguments(args, started):
     reading.complete_data_flags(args)
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
-    if args.backbone_learning_rate and not learns(args):
+    if args.backbone_learning_rate and not features.learns(args):
         raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
@@ -971,7 +888,7 @@ def prepare(script, argv, args, started, recipe=()):
     complete_arguments(args, started)
     store, accelerator = open_store(args, started), start_accelerator(args, started)
     # a head's batches are so small that threads would only wait for each other
-    torch.set_num_threads(reading.cores() if learns(args) else 1)
+    torch.set_num_threads(reading.cores() if features.learns(args) else 1)
     labels, known = reading.load_labels(args), store.known_photos()
     if args.target_transform in BENDS and (labels[args.target] <= 0).any():
         raise UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
@@ -985,10 +902,10 @@ def prepare(script, argv, args, started, recipe=()):
     if args.unfreeze_from:  # a layer that is not there is told before the log is opened
         BiomassModel(copy.deepcopy(backbone), args.unfreeze_from)
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)
-    augmentation = AUGMENTATIONS[args.augmentation](args.seed, 0 if learns(args) else args.augment_views)
+    augmentation = AUGMENTATIONS[args.augmentation](args.seed, 0 if features.learns(args) else args.augment_views)
     dataset = BiomassDataset(labels, args, backbone, augmentation)
     engine = features.Engine(backbone, accelerator.device, args.precision)
-    batches = Batches(dataset, engine, store, args, accelerator)
+    batches = features.Batches(dataset, engine, store, args, accelerator)
     if "traits" in args.features:
         batches.add_traits()
     description = describe_run(script, argv, args, labels, engine)

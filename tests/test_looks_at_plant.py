@@ -13,23 +13,23 @@ import cross_validate
 import make_sample_data
 from biomass import plant, reading
 
-PHOTOS = 110
+PHOTOS = 80
 
 
-def plant_truth(folder, kind):
+def plant_truth(folder, kind, photos=PHOTOS):
     """A folder of drawn photos of one experiment, whose weight the plants tell, or how bright the photo is."""
     (folder / "images_med_res").mkdir(parents=True)
-    plants = make_sample_data.grow(PHOTOS, 3).assign(experiment_id=1)
+    plants = make_sample_data.grow(photos, 3).assign(experiment_id=1)
     weights = plants["expected"].to_numpy()
     random = np.random.default_rng(0)
     told = random.permutation(weights) if kind == "background" else weights
-    bright = 0.5 + 0.9 * told.argsort().argsort() / PHOTOS
-    names = [f"{index}.png" for index in range(PHOTOS)]
+    bright = 0.5 + 0.9 * told.argsort().argsort() / photos
+    names = [f"{index}.png" for index in range(photos)]
     for index, grown in enumerate(plants.to_dict("records")):
         photo = make_sample_data.draw_photo(grown, 3, index)
         photo = ImageEnhance.Brightness(photo).enhance(bright[index]) if kind == "background" else photo
         photo.save(folder / "images_med_res" / names[index])
-    sheet = {"filename": names, "plant_number": np.arange(PHOTOS) // 4, "experiment_id": np.arange(PHOTOS) % 2}
+    sheet = {"filename": names, "plant_number": np.arange(photos) // 4, "experiment_id": np.arange(photos) % 2}
     pd.DataFrame(sheet | {"fresh_weight_total": told}).to_csv(folder / "labels.csv", index=False)
 
 
@@ -40,9 +40,8 @@ def plant_truth(folder, kind):
 def test_planted_truth_is_found(kind, least, most, sentence, tmp_path):
     plant_truth(tmp_path / "data", kind)
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
-    flags += ["--model_name", "tf_efficientnet_lite0", "--image_size", "128", "--features", "stages", "--folds", "3"]
-    flags += ["--standardize_features", "--target_transform", "sqrt", "--lr_schedule", "cosine", "--epochs", "25"]
-    flags += ["--augmentation", "none", "--precision", "fp32", "--results_dir", tmp_path / "out"]
+    flags += ["--recipe", "recommended", "--image_size", "96", "--epochs", "10", "--least_steps", "20", "--folds", "3"]
+    flags += ["--precision", "fp32", "--results_dir", tmp_path / "out"]
     flags += ["--log_path", tmp_path / "log", "--model_out", tmp_path / "m.pt", "--cache_dir", tmp_path / "cache"]
     assert cross_validate.main([*map(str, flags)]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.txt").read_text())

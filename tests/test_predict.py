@@ -1,6 +1,8 @@
 """What a user of predict.py would notice: the weights, the interval, the notes, the message on bad input."""
 
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SHEET, TARGET, flags_of, quick, train
+from conftest import ROOT, SHEET, TARGET, flags_of, quick, train
 from PIL import Image
 
 import cross_validate
 import predict
 import train_model
-from biomass import reading, writing
+from biomass import plant, reading, writing
 
 PHOTOS = "images_med_res"
 
@@ -54,6 +56,13 @@ def clean(drawn, judged, tmp_path_factory):
 def with_metadata(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("with_metadata") / "out"
     train(drawn, out, *"--model_name resnet18 --weights none --metadata_columns age_days lab_book_page".split())
+    return out / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def with_traits(drawn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("with_traits") / "out"
+    train(drawn, out, *"--augmentation symmetries --features last traits --target_transform log".split())
     return out / "model.pt"
 
 
@@ -214,25 +223,43 @@ def test_mistakes_get_one_line(flags, drawn, judged, with_metadata, tmp_path, mo
     assert not (tmp_path / "was_run").exists()
 
 
-def test_export_gives_the_same_grams(drawn, with_metadata, tmp_path, recwarn):
+@pytest.mark.parametrize("kind", ["with_metadata", "with_traits"])
+def test_export_gives_the_same_grams(kind, drawn, tmp_path, request, recwarn):
     onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
-    assert weigh(with_metadata, tmp_path / "p.csv", "--export", tmp_path / "model.onnx") == (0, None)
+    model = request.getfixturevalue(kind)
+    assert weigh(model, tmp_path / "p.csv", "--export", tmp_path / "model.onnx") == (0, None)
     assert not recwarn.list
-    table = weigh(with_metadata, tmp_path / "p.csv", "--labels_path", drawn / SHEET)[1].head(5)
+    table = weigh(model, tmp_path / "p.csv", "--labels_path", drawn / SHEET)[1].head(5)
     rows = pd.read_excel(drawn / SHEET).set_index("filename").loc[table.index]
-    metadata = reading.encode_metadata(rows, torch.load(with_metadata, weights_only=True)["metadata"])
+    traits = [plant.measure_traits(Image.open(drawn / PHOTOS / name).convert("RGB")) for name in table.index]
+    beside = {
+        "with_metadata": {"metadata": reading.encode_metadata(rows, torch.load(model, weights_only=True)["metadata"])},
+        "with_traits": {"traits": np.stack(traits)[:, : len(plant.TRAITS)]},
+    }
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     for side, tolerance in ((64, 1e-4), (256, 0.02)):  # where it resizes it does so in floats
         photos = pixels_of(drawn, table.index, side).numpy()
-        grams = session.run(None, {"photos": photos, "metadata": metadata})[0]
+        grams = session.run(None, {"photos": photos, **beside[kind]})[0]
         assert grams == pytest.approx(table["predicted_g"].to_numpy(), abs=tolerance)
 
 
+AS_SCRIPT = f"""import runpy, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import conftest
+with conftest.quick():
+    runpy.run_path({str(ROOT / "train_model.py")!r}, run_name="__main__")
+"""
+
+
 def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys):
-    train(drawn, tmp_path / "out", "--augmentation", "none", "--epochs", 1)
+    flags = ["--augmentation", "none", "--epochs", 1]
+    command = [sys.executable, "-c", AS_SCRIPT, *flags_of(drawn, tmp_path / "out", *flags)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     known = len(pd.read_excel(drawn / SHEET).dropna(subset=TARGET))
+    train(drawn, tmp_path / "again", *flags)  # as a module, by another name than the script's own
+    assert f"features: {known} found, 0 to compute" in capsys.readouterr().out
     for found in (known, 60):
-        capsys.readouterr()
         weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, "--cache_dir", tmp_path / "cache")
         assert f"features: {found} found, {60 - found} to compute" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills are tried on Linu
 RUNS = {
     "frozen": ("train_model", "--epochs 40 --lr_schedule cosine --augment_views 2 --metadata_columns age_days"),
     "cross-validated": ("cross_validate", "--folds 2 --epochs 15 --patience 9 --target_transform log"),
-    "all layers": ("train_model", "--epochs 4 --unfreeze_backbone --batch_size 16"),
+    "all layers": ("train_model", "--epochs 4 --unfreeze_backbone --head_epochs 2 --batch_size 16"),
 }
 
 

@@ -47,13 +47,7 @@ class Stub(torch.nn.Module):
 def batches():
     """What the loop asks for, around batches that a test gives it."""
     AcceleratorState._reset_state()
-    return tm.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
-
-
-@pytest.fixture
-def copied(drawn, tmp_path):
-    """The drawn set to be changed."""
-    return Path(shutil.copytree(drawn, tmp_path / "data"))
+    return features.Batches(None, None, None, tm.build_parser().parse_args([]), Accelerator(cpu=True))
 
 
 def change_sheet(folder, change):
@@ -197,7 +191,7 @@ def test_each_flag_alone_changes_the_answer_and_not_its_unit(drawn, tmp_path):
         "--lr_schedule cosine", "--weight_decay 10", "--metadata_columns age_days", "--augmentation none",
         "--augmentation symmetries", "--features stages traits", "--dropout 0.1", "--least_steps 30",
         "--augment_views 1", "--unfreeze_from conv5", "--unfreeze_backbone", "--image_size 96",
-        "--unfreeze_backbone --backbone_learning_rate 1e-5",
+        "--unfreeze_backbone --backbone_learning_rate 1e-5", "--unfreeze_backbone --head_epochs 2",
     ):  # fmt: skip
         metrics = train(drawn, tmp_path / "out", "--epochs", 3, "--batch_size", 8, *flags.split())
         table, history = predictions_of(tmp_path / "out"), pd.read_csv(tmp_path / "out" / "history.csv")

@@ -240,9 +240,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=["runs", "extraction", "eda", "predict"])
     args = parser.parse_args()
     labels = reading.read_sheet(args.data_dir / "digital_biomass_labels.xlsx").dropna(subset="fresh_weight_total")
-    labels = labels.assign(
-        _path=[path for path, _ in reading.find_photos(labels["filename"], args.data_dir / "images_med_res")]
-    )
+    labels = labels.assign(_path=reading.find_photos(labels["filename"], args.data_dir / "images_med_res")["_path"])
     path = ROOT / "results" / "benchmark.json"
     result = json.loads(path.read_text()) if path.is_file() else {}
     if result.get("machine", {}).get("commit") != tm.git("rev-parse", "HEAD"):
