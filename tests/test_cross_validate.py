@@ -1,5 +1,6 @@
 """cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
 
+import argparse
 import os
 import shutil
 import signal
@@ -11,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SHEET, START, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
+from matplotlib.figure import Figure
 from PIL import Image
+from scipy.optimize import nnls
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from sklearn.model_selection import GroupKFold
 
@@ -67,11 +70,11 @@ def test_it_is_the_plain_loop_over_scikit_learns_folds(judged, drawn, tmp_path):
     flags = ["--group_by", "experiment_id", "plant_number"]
     _, this = prepared(drawn, tmp_path / "plain", *flags)
     found = pd.read_csv(judged[0] / "predictions.csv").set_index("filename")["predicted_g"]
-    folds = GroupKFold(n_splits=3, shuffle=True, random_state=42)
+    folds, unlike = GroupKFold(n_splits=3, shuffle=True, random_state=42), []
     with quick():
         for train_rows, val_rows in folds.split(this.labels, groups=this.labels["_plant"]):
             batches = this.batches
-            batches.collect(train_rows, val_rows)
+            batches.collect(train_rows, np.arange(len(this.labels)))
             model = tm.new_model(batches, this.backbone, train_rows)
             optimizer = torch.optim.AdamW(model.head.parameters(), 1e-3, weight_decay=0.01)
             torch.manual_seed(42)
@@ -85,6 +88,10 @@ def test_it_is_the_plain_loop_over_scikit_learns_folds(judged, drawn, tmp_path):
             predicted, _ = tm.evaluate(model, batches.judge(val_rows), batches)
             names = this.labels["filename"].iloc[val_rows]
             assert found.loc[names].tolist() == pytest.approx(predicted.tolist(), abs=1e-5)
+            familiar = cross_validate.describe_features(batches.features(model, train_rows))
+            unlike += writing.unlikeness(familiar, batches.features(model, val_rows)).tolist()
+    limit = torch.load(judged[0] / "model.pt", weights_only=True)["familiar"]["limit"]
+    assert float(limit) == pytest.approx(np.quantile(unlike, 0.99), rel=1e-3)  # of photos that were held out
 
 
 def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(judged):
@@ -96,8 +103,14 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
     assert sum(calibration["weights"]) == pytest.approx(calibration["groups"] / (calibration["groups"] + 1))
     offset, slope, least = calibration["growth"]
     size = np.maximum(offset + slope * table["predicted_g"], least)
-    scores = np.sort((table["measured_g"] - table["predicted_g"]) / size)
-    assert np.array(calibration["scores"]) == pytest.approx(scores, rel=1e-3, abs=1e-4)
+    scores = (table["measured_g"] - table["predicted_g"]) / size
+    order = np.argsort(scores.to_numpy())
+    assert np.array(calibration["scores"]) == pytest.approx(scores[order].to_numpy(), rel=1e-3, abs=1e-4)
+    photos = table.groupby(["experiment_id", "plant_number"])["filename"].transform("size")
+    assert photos.max() > 1  # each plant counts as one, however many photos it has
+    assert np.array(calibration["weights"]) == pytest.approx(1 / photos[order].to_numpy() / (metrics["val_plants"] + 1))
+    terms = np.column_stack([np.ones(len(table)), table["predicted_g"]])
+    assert [offset, slope] == pytest.approx(nnls(terms, table["error_g"].abs().to_numpy())[0], rel=1e-3, abs=1e-5)
     assert familiar["mean"].shape == (1024,) and float(familiar["limit"]) > 0
     assert checkpoint["model_state"].keys() == tensors_of(out).keys() and checkpoint["epoch"] == 2
 
@@ -183,6 +196,45 @@ def test_odd_photos_are_unlike_however_few_there_are(photos):
     assert familiar["rest"] > 1e-3 and odd.min() > np.quantile(like, cross_validate.FAMILIAR_SHARE)
     # outside the components a photo of the same kind is as far as the training photos vary there, not a million times
     assert like.max() < 100 * drawn.shape[1]
+
+
+def test_unlikeness_is_the_squared_distance_under_the_covariance_of_the_training_photos():
+    random = np.random.default_rng(0)
+    found = random.normal(0, 1, (200, 40)) * np.linspace(3, 0.1, 40) + 5
+    familiar = cross_validate.describe_features(found)
+    values, vectors = np.linalg.eigh(np.cov(found.T, ddof=0))
+    count = len(familiar["components"])
+    values[:-count] = values[:-count].mean()  # what lies outside the components varies alike in all directions
+    inverse = vectors @ np.diag(1 / values) @ vectors.T
+    new = random.normal(0, 3, (5, 40)) + 5
+    wanted = [(row - found.mean(0)) @ inverse @ (row - found.mean(0)) for row in new]
+    assert writing.unlikeness(familiar, new) == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("erased", "told"), [(0.2, "from the plants"), (0.5, "partly from the back"), (0.8, "mostly from the back")]
+)
+def test_the_verdict_hangs_on_what_is_left_of_r(erased, told):
+    metrics = {"val_r": 0.9, "val_r_ci95": [0.8, 0.95], "val_r_plant_erased": erased, "val_r_background_erased": 0.1}
+    assert f"the weight is read {told}" in cross_validate.verdict(metrics, np.full(100, 0.2))
+
+
+def test_within_experiments_errors_are_about_each_ones_own_mean_and_bars_are_rmse(tmp_path):
+    random = np.random.default_rng(0)
+    names, groups = [f"{number}.png" for number in range(60)], np.repeat([1, 2, 3], 20)
+    measured = random.gamma(1, 1, 60) + groups
+    table = pd.DataFrame({"filename": names, "measured": measured, "predicted": measured + random.normal(0.2, 0.5, 60)})
+    table = table.assign(error=table["predicted"] - table["measured"])
+    pd.DataFrame({"filename": names, "experiment_id": groups}).to_csv(tmp_path / "labels.csv", index=False)
+    args = argparse.Namespace(labels_path=tmp_path / "labels.csv", within="experiment_id", target=TARGET)
+    found = cross_validate.judge_within(table, args)
+    around = measured - pd.Series(measured).groupby(groups).transform("mean")
+    assert found["val_r2_within_groups"] == pytest.approx(1 - (table["error"] ** 2).sum() / (around**2).sum())
+    axis = Figure().subplots()
+    cross_validate.plot_within(found["within"], args, axis)
+    rmse = [root_mean_squared_error(rows["measured"], rows["predicted"]) for _, rows in table.groupby(groups)]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx(rmse)
+    assert list(axis.lines[0].get_xdata()) == pytest.approx(table.groupby(groups)["error"].mean().tolist())
 
 
 def test_the_verdict_is_withheld_where_erasing_takes_no_plant():

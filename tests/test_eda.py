@@ -136,6 +136,20 @@ def test_figures_show_the_numbers_of_the_data(drawn):
         assert float(text.get_text()) == pytest.approx(np.corrcoef(*both)[0, 1], abs=0.0051)
 
 
+def test_the_figure_of_ages_shows_each_weight_at_its_age_and_the_medians(drawn):
+    args = eda.build_parser().parse_args(["--data_dir", str(drawn)])
+    args.label, sheet, figure = "weight (g)", read_sheet(drawn), Figure()
+    eda.age_vs_biomass(figure, sheet, None, args)
+    both = sheet.dropna(subset=["age_days", "fresh_weight_total"])
+    for axes in figure.axes:
+        ages, weights = axes.collections[0].get_offsets().T
+        assert weights.tolist() == both["fresh_weight_total"].tolist()
+        assert np.abs(ages - both["age_days"].to_numpy()).max() <= 1.5  # the jitter
+        (medians,) = (line for line in axes.lines if line.get_label() == "median")
+        wanted = both["fresh_weight_total"].groupby((both["age_days"] / 7).round() * 7).median()
+        assert dict(zip(*medians.get_data(), strict=True)) == pytest.approx(wanted.to_dict())
+
+
 def test_drawn_data_are_called_so(drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eda, "FIGURES", (eda.image_pixel_analysis,))
     data = write_data(tmp_path / "data", read_sheet(drawn))

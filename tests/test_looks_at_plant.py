@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import prepared, quick
 from PIL import Image, ImageEnhance
 
 import cross_validate
 import make_sample_data
-from biomass import plant
+from biomass import plant, reading
 
 PHOTOS = 80
 
@@ -71,6 +73,34 @@ def test_erasing_takes_the_plant_and_nothing_else():
         assert np.array_equal(np.asarray(photo)[beside & far], np.asarray(erased)[beside & far])
         alone = np.asarray(plant.erase_background(photo))
         assert (alone[beside] == plant.GREY).all()
+        leaf = plant.plant_mask(photo, 0)
+        rim = hole & ~leaf & plant.plant_mask(photo, 3)  # where the lens has spread the leaf's colour
+        assert (np.asarray(photo) != np.asarray(erased)).any(2)[rim].mean() > 0.9
     grey = Image.new("RGB", (64, 64), (90, 80, 70))
     assert np.array_equal(np.asarray(plant.erase_plant(grey)), np.asarray(grey))
     assert np.array_equal(np.asarray(plant.erase_background(grey)), np.asarray(grey))
+
+
+def test_a_heat_map_is_positive_where_hiding_takes_from_the_prediction():
+    photo = Image.fromarray(np.random.default_rng(0).integers(60, 90, (160, 160, 3), dtype=np.uint8))
+    photo.paste((60, 180, 60), (102, 22, 118, 38))  # in the patch of row 1, column 5
+    heat = plant.heat_map(photo, lambda photos: np.array([plant.green_area(photo) for photo in photos]))
+    assert np.unravel_index(heat.argmax(), heat.shape) == (1, 5)
+    assert heat[1, 5] == pytest.approx(plant.green_area(photo)) and np.abs(np.delete(heat, 13)).max() < 1e-6
+
+
+def test_erased_photos_are_judged_by_their_own_pixels_and_traits(drawn, tmp_path):
+    _, this = prepared(drawn, tmp_path / "out", "--augmentation", "symmetries", "--features", "last", "traits")
+    batches, rows, edit = this.batches, np.array([4, 1]), plant.erase_plant
+    with quick():
+        batches.collect(rows, rows, {edit: rows})
+        (found, traits, *_), *more = batches.judge(rows, edit)
+    assert not more
+    for row, features, measured in zip(rows, found, traits, strict=True):
+        photo = edit(reading.open_photo(this.dataset.paths[row]))
+        assert measured.numpy() == pytest.approx(plant.measure_traits(photo)[: len(measured)], nan_ok=True)
+        with torch.inference_mode():
+            wanted = this.backbone(this.dataset.pixels(photo, range(8)))
+        torch.testing.assert_close(features, wanted, rtol=1e-3, atol=1e-4)
+    whole = this.dataset.traits[None][rows]
+    assert (whole[:, 0] > traits[:, 0]).all()

@@ -114,6 +114,12 @@ def test_noise_floor_is_that_of_the_conditional_mean(full):
         assert (means["mean"].abs() < 3.5 * means["sem"]).all(), f"what {shown} shows would lower the floor"
 
 
+def test_leaf_area_and_thickness_follow_the_law_of_the_expected_weight(full):
+    plants, _ = full
+    area, thickness = plants["leaf_area"], plants["thickness"]
+    assert (0.055 * area**1.1 * np.exp(thickness)).to_numpy() == pytest.approx(plants["expected"].to_numpy())
+
+
 def test_photos_of_one_plant_are_alike(full):
     plants = full[0]
     size = np.log(plants["expected"])

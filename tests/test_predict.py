@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,6 +121,26 @@ def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path
     table = weigh(tmp_path / "few.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
     assert "9 experiment_ids can promise 80.0% at most" in capsys.readouterr().out
     assert (table["high_g"] - table["predicted_g"]).to_numpy() == pytest.approx(0.4, abs=1e-6)  # the largest of nine
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9])
+def test_the_interval_is_made_of_the_quantiles_of_weighted_errors(coverage):
+    random = np.random.default_rng(0)
+    scores, weights = np.sort(random.gamma(1, 1, 99) - 0.5), random.uniform(0.5, 1.5, 99)
+    weights *= 99 / 100 / weights.sum()
+    known = {"scores": scores.tolist(), "weights": weights.tolist(), "growth": [0.1, 0.2, 0.01], "floor": -np.inf}
+    predicted = np.array([0.5, 1, 3])
+    low, high = writing.interval(known, predicted, coverage)
+    side = (1 + coverage) / 2  # of all weights must lie within each end; errors are measured - predicted
+    upper = next(score for score in scores if weights[scores <= score].sum() >= side)
+    lower = next(score for score in scores[::-1] if weights[scores >= score].sum() >= side)
+    assert high == pytest.approx(predicted + (0.1 + 0.2 * predicted) * upper)
+    assert low == pytest.approx(predicted + (0.1 + 0.2 * predicted) * lower) and upper != pytest.approx(-lower)
+    table = pd.DataFrame({"predicted": predicted, "measured": [low[0] - 0.01, 1, high[2] + 0.01]})
+    checkpoint = SimpleNamespace(calibration=known | {"groups": 99, "grouped_by": "plant"})
+    marked, promised = predict.add_interval(table, checkpoint, coverage)
+    assert marked["outside"].tolist() == [True, False, True] and promised == coverage
+    assert marked["low"].to_numpy() == pytest.approx(low)
 
 
 def test_photos_unlike_the_training_photos_are_marked(drawn, judged, clean, tmp_path):

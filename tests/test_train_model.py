@@ -1,6 +1,7 @@
 """What a user of train_model.py would notice: the files that come out, the numbers, the cache, the message."""
 
 import argparse
+import copy
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 import cross_validate
 import train_model as tm
-from biomass import features, reading, writing
+from biomass import features, plant, reading, writing
 
 MEAN, STD = (torch.tensor(value).view(1, 3, 1, 1) for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
@@ -495,6 +496,23 @@ def test_copies_are_computed_once_and_none_of_a_validated_photo_is_trained_on(co
     assert table.loc[validated[1], "predicted_g"] == table.loc[validated[2], "predicted_g"]
 
 
+def test_the_studys_augmentation_flips_half_turns_a_little_and_jitters():
+    """A bar from the middle to the right: its direction tells flip and turn, its brightness the jitter."""
+    photo = Image.new("RGB", (101, 101))
+    photo.paste((150, 100, 60), (51, 48, 91, 53))
+    study, angles, brightness = tm.StudyAugmentation(0, 4), [], []
+    for version in range(1, 201):
+        grey = np.asarray(study.make(photo, version, "0" * 32).convert("L"), float) - np.arange(1)
+        down, right = np.average(np.indices(grey.shape).reshape(2, -1), 1, (grey - grey[0, 0]).clip(0).ravel()) - 50
+        angles.append(np.degrees(np.arctan2(down, right)))
+        brightness.append(grey.max())
+    flipped = np.abs(angles) > 90
+    turned = np.where(flipped, 180 - np.abs(angles), np.abs(angles))
+    assert 0.35 < flipped.mean() < 0.65 and 8 < turned.max() < 10.5
+    assert 0.05 < np.std(brightness) / np.mean(brightness) < 0.2
+    assert [study.trained(number) for number in range(6)] == [1, 2, 3, 4, 1, 2]
+
+
 # ---------------------------------------------------------------- head, loss and target
 
 
@@ -524,6 +542,75 @@ def test_the_loop_overfits_eight_photos(drawn, tmp_path):
     assert measured.tolist() == pytest.approx(this.labels[TARGET].to_numpy()[:8].tolist())
     assert loss == pytest.approx(outcome["history"][outcome["epoch"] - 1]["val_loss"], rel=1e-4)
     assert np.sqrt(loss) < 0.2 * measured.std()
+
+
+def test_a_step_is_that_of_a_plain_loop_with_the_traits_and_metadata_of_each_row(batches):
+    torch.manual_seed(0)
+    model = tm.BiomassModel(Stub(3), traits=len(plant.TRAITS), metadata=2, dropout=0)
+    plain, rows = copy.deepcopy(model), (torch.rand(6, 1, 3), torch.rand(6, len(plant.TRAITS)), torch.rand(6, 2))
+    loader = list(zip(*(part.split(3) for part in (*rows, torch.rand(6))), strict=True))
+    tm.train_one_epoch(model, loader, torch.optim.SGD(model.parameters(), 0.01), torch.nn.MSELoss(), batches)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.01)
+    for inputs, traits, metadata, targets in loader:
+        one_by_one = [plain(*(part[row : row + 1] for part in (inputs, traits, metadata)))[0, 0] for row in range(3)]
+        optimizer.zero_grad()
+        ((torch.stack(one_by_one) - targets) ** 2).mean().backward()
+        optimizer.step()
+    for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_each_pass_takes_all_rows_in_another_order_and_the_next_version(batches, monkeypatch):
+    batches.dataset, batches.args.least_steps = argparse.Namespace(augmentation=tm.Symmetries(0, 0)), 75
+    monkeypatch.setattr(batches, "make", lambda rows, versions: [(rows, versions)])
+    passes = [one for epoch in (1, 2) for one in batches.train(np.arange(100), epoch)]
+    assert len(passes) == 2 * 19  # of four steps each, so that an epoch takes at least 75
+    assert len({rows.tobytes() for rows, _ in passes}) == len(passes)
+    assert all(sorted(rows) == list(range(100)) for rows, _ in passes)
+    assert [version for _, (version,) in passes] == [number % 8 for number in range(len(passes))]
+
+
+def test_rates_decay_and_loss_are_those_of_the_flags(drawn, tmp_path, monkeypatch):
+    flags = ["--lr_schedule", "cosine", "--epochs", 4, "--weight_decay", 0.3, "--loss", "huber"]
+    args, this = prepared(drawn, tmp_path / "out", *flags, "--target_transform", "none")
+    seen, rows = [], np.arange(len(this.labels))
+
+    def note(learner, loader, optimizer, loss_function, batches):
+        seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"], loss_function.delta))
+        return 1.0
+
+    monkeypatch.setattr(tm, "train_one_epoch", note)
+    tm.fit(tm.new_model(this.batches, this.backbone, rows), this.batches, (rows, rows[:0]), this.progress, "", 4)
+    rates, decays, bends = zip(*seen, strict=True)
+    assert rates == pytest.approx([args.learning_rate * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)])
+    assert set(decays) == {0.3} and bends == pytest.approx([this.labels[TARGET].std()] * 4)
+
+
+def test_the_best_epoch_is_that_of_the_lowest_error_on_validation():
+    model, done = argparse.Namespace(learned_state=dict), {"history": []}
+    for epoch, loss in enumerate((3.0, 1.0, 2.0), start=1):
+        done = tm.add_epoch(done, {"epoch": epoch, "val_loss": loss}, epoch, model, True, "")
+    assert (done["epoch"], done["predictions"], len(done["history"])) == (2, 2, 3)
+    assert tm.add_epoch(done, {"epoch": 4}, None, model, False, "")["epoch"] == 4  # where nothing is chosen, the last
+
+
+def test_traits_are_standardised_by_training_rows_cut_and_weighted(drawn, tmp_path):
+    _, this = prepared(drawn, tmp_path / "out", "--features", "last", "traits")
+    rows, sizes = np.arange(20), len(plant.SIZES)
+    traits = this.dataset.traits[None]
+    model = tm.new_model(this.batches, this.backbone, rows).eval()
+    inputs = np.concatenate([traits, np.log1p(traits[:, :sizes])], 1)[rows].astype(float)
+    assert model.trait_mean.numpy() == pytest.approx(np.nanmean(inputs, 0), rel=1e-4)
+    varied = np.nanstd(inputs, 0) > 1e-6
+    assert model.trait_scale.numpy()[varied] == pytest.approx(np.nanstd(inputs, 0)[varied], rel=1e-4)
+    seen = []
+    model.head.register_forward_pre_hook(lambda head, given: seen.append(given[0][:, -inputs.shape[1] :]))
+    odd = traits[20:22].clone()
+    odd[1] = 1e6
+    model(torch.zeros(2, 1, model.backbone.width), odd, torch.zeros(2, 0))
+    wanted = np.concatenate([odd, np.log1p(odd[:, :sizes])], 1)
+    wanted = ((wanted - np.nanmean(inputs, 0)) / np.nanstd(inputs, 0)).clip(-4, 4) * tm.TRAITS_WEIGHT
+    assert seen[0].numpy()[:, varied] == pytest.approx(wanted[:, varied], abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["none", "log", "sqrt", "standardize"])

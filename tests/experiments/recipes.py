@@ -83,10 +83,10 @@ def predict(run, args, model, split, fold=1):
     return writing.prediction_table(run.labels, split, predictions, args, fold)
 
 
-def rmse_of(run, args, splits, predict_fold):
-    """RMSE over all rows, where predict_fold(name, split) gives the predictions of a fold's held-out rows."""
+def score(run, args, splits, predict_fold):
+    """Scores over all rows, where predict_fold(name, split) gives the predictions of a fold's held-out rows."""
     tables = [writing.prediction_table(run.labels, split, predict_fold(name, split), args) for name, split in splits]
-    return writing.scores(pd.concat(tables))["val_rmse"]
+    return writing.scores(pd.concat(tables))
 
 
 def add_set_flags(parser):
@@ -188,7 +188,8 @@ def judge_recipe(name, data, seeds):
         for seed in seeds:
             args.seed = seed
             judged = {fold: cross_validate.judge_fold(run, args, split, fold) for fold, split in splits}
-            yield seed, rmse_of(run, args, splits, lambda fold, split, judged=judged: judged[fold]["predicted"])
+            found = score(run, args, splits, lambda fold, split, judged=judged: judged[fold]["predicted"])
+            yield seed, found["val_rmse"]
 
 
 # ---------------------------------------------------------------- yardsticks
@@ -258,7 +259,7 @@ def judge_yardsticks(names, data):
             model = make_pipeline(imputer, on_root(make(groups[learn])))
             return model.fit(found[learn], targets[learn]).predict(found[held_out])
 
-        yield name, rmse_of(run, args, splits, predict_fold)
+        yield name, score(run, args, splits, predict_fold)["val_rmse"]
 
 
 # ---------------------------------------------------------------- the table
