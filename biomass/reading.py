@@ -410,7 +410,7 @@ def read_number(text):
             if decimal == EITHER and thousands:
                 return np.nan, EITHER
             plain = text.translate(dict.fromkeys(map(ord, thousands)))
-            return float(plain.replace(",", ".")), decimal
+            return float(plain.replace(",", ".")), decimal if {",", "."} & {*text} else ""
     return np.nan, ""
 
 
