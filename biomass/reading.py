@@ -410,7 +410,7 @@ def read_number(text):
             if decimal == EITHER and thousands:
                 return np.nan, EITHER
             plain = text.translate(dict.fromkeys(map(ord, thousands)))
-            return float(plain.replace(",", ".")), decimal
+            return float(plain.replace(",", ".")), decimal if {",", "."} & {*text} else ""
     return np.nan, ""
 
 
@@ -563,7 +563,8 @@ def blame(rows, bad, fault):
 def blame_repeated(rows, key, args):
     """Note repeated rows, and all rows of a photo with several targets or plants, as nothing tells which one holds."""
     good = rows[rows["_fault"] == ""]
-    plants, twice = good.groupby(key)["_plant"].transform("nunique") > 1, good.duplicated([key, args.target])
+    same = pd.factorize(good[key])[0]
+    plants, twice = good.groupby(same)["_plant"].transform("nunique") > 1, good.duplicated([key, args.target])
     fault = f"of a photo of several {' + '.join(args.group_by)}"
     rows = blame(rows, plants.reindex(rows.index, fill_value=False), fault)
     rows = blame(rows, twice.reindex(rows.index, fill_value=False), "that repeat an earlier row")
