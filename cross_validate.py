@@ -26,6 +26,7 @@ from biomass.reading import UserError
 SHOWN = 12  # photos with a heat map
 COMPONENTS = 31  # of the training features; what lies outside them counts too
 FAMILIAR_SHARE = 0.99  # of held-out photos that count as like the training photos
+COVERAGE = 0.9  # of the intervals in predictions.csv, as predict.py gives them
 MOST_ERASED = 500  # photos that are also predicted erased; so many tell r well enough
 LEAST_PLANT, MOST_PLANT = 0.0005, 0.7  # of the frame, in the median photo, between which it can be the plant
 ERASED = {"plant erased": plant.erase_plant, "background erased": plant.erase_background}
@@ -272,6 +273,7 @@ def build_parser():
     add = parser.add_argument_group("cross-validation").add_argument
     add("--folds", type=writing.number(int, 2), default=5, help="parts of the plants, each held out once")
     add("--within", default="experiment_id", metavar="COLUMN", help="also judge within each value of this column")
+    add("--time_column", metavar="COLUMN", help="kept in predictions.csv (default: timestamp, else age_days)")
     add("--no_erasing", action="store_true", help="do not ask whether it looks at the plant")
     return parser
 
@@ -285,7 +287,27 @@ def held_out_table(run, splits, results, args):
         for name in ERASED if len(erased) else ():
             table[name] = pd.Series(result[name].numpy(), erased)
         tables.append(table)
-    return pd.concat(tables)
+    return add_intervals(add_time(pd.concat(tables), args), run.labels, args)
+
+
+def add_time(table, args):
+    """`table` with the column of the sheet that says when each photo was taken, which growth.py asks for."""
+    sheet = reading.read_sheet(args.labels_path, filter(None, [args.time_column]))
+    name = args.time_column = reading.time_column(args.time_column, sheet)
+    if name is None or name in table:
+        return table
+    times = sheet.drop_duplicates("filename").set_index("filename")[name]
+    return table.assign(**{name: table["filename"].map(times)})
+
+
+def add_intervals(table, labels, args):
+    """`table` with the low and high of each prediction, by the errors of the other folds: no row judges itself."""
+    parts = []
+    for fold, rows in table.groupby("fold"):
+        known = calibrate(table[table["fold"] != fold], labels, args)
+        low, high = writing.interval(known, rows["predicted"], min(COVERAGE, writing.most_coverage(known)))
+        parts.append(rows.assign(low=low, high=high))
+    return pd.concat(parts)
 
 
 def pool_metrics(run, table, splits, shares, args):

@@ -70,7 +70,7 @@ def find_rows(args, checkpoint):
     """A row for each photo: filename, _path, _fault ("" if none so far), the target (NaN if unknown), and metadata."""
     columns = [step["column"] for step in checkpoint.metadata]
     if args.labels_path:
-        return rows_of_sheet(args, checkpoint.target, columns)
+        return rows_of_sheet(args, checkpoint, columns)
     if columns:
         text = f"{args.model} has learned from {', '.join(columns)} too"
         raise UserError(f"{text}: pass them by --labels_path")
@@ -91,15 +91,19 @@ def is_photo(name):
     return name.lower().endswith(reading.PHOTO_SUFFIXES) and name[0] != "."  # as macOS's own beside each photo
 
 
-def rows_of_sheet(args, target, columns):
-    sheet = reading.read_sheet(args.labels_path, columns)
+def rows_of_sheet(args, checkpoint, columns):
+    target, time = checkpoint.target, filter(None, [args.time_column])
+    sheet = reading.read_sheet(args.labels_path, dict.fromkeys([*columns, *time, *(args.group_by or [])]))
+    groups = args.group_by or [name for name in checkpoint.group_by if name in sheet]
+    args.kept = [*dict.fromkeys([*groups, *filter(None, [reading.time_column(args.time_column, sheet)])])]
     named = sheet.dropna(subset="filename").reset_index(drop=True)
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:
         raise UserError(f"no row of {args.labels_path} has a file name")
     paths, faults = zip(*reading.find_photos(named["filename"], args.image_dir), strict=True)
     measured = reading.to_numbers(named[target]) if target in named else np.nan
-    return named[["filename", *columns]].assign(_path=paths, _fault=faults, **{target: measured})
+    named = named[[*dict.fromkeys(["filename", *args.kept, *columns])]]
+    return named.assign(_path=paths, _fault=faults, **{target: measured})
 
 
 # ---------------------------------------------------------------- weights
@@ -132,8 +136,7 @@ def add_interval(table, checkpoint, coverage):
     if not calibration:
         logger.info("no interval: the model is not of cross_validate.py, its errors on unseen plants are not known")
         return table.assign(low=np.nan, high=np.nan, outside=False), coverage
-    count, name = calibration["groups"], calibration["grouped_by"]
-    most = (count - 1) / (count + 1)  # beyond it the quantiles lie outside all errors that were seen
+    count, name, most = calibration["groups"], calibration["grouped_by"], writing.most_coverage(calibration)
     if coverage > most:
         logger.info(f"{count:,} {name}s can promise {most:.1%} at most: taken in place of --coverage {coverage}")
         coverage = most
@@ -146,15 +149,16 @@ def add_interval(table, checkpoint, coverage):
 # ---------------------------------------------------------------- report
 
 
-def write_table(table, traits, checkpoint, path):
+def write_table(table, traits, checkpoint, args):
     note = table["_fault"].mask(table["unlike"], UNLIKE)
     for step in checkpoint.metadata:
         cells, known = table[step["column"]], step.get("categories")
         lacks = reading.to_numbers(cells).isna() if known is None else ~reading.to_ids(cells).isin(known)
         note = note.mask(lacks, (note + f"; without {step['column']}").str.removeprefix("; "))
     numbers = table[["predicted", "low", "high"]].add_suffix(f"_{checkpoint.unit}" if checkpoint.unit else "")
-    with writing.whole_file(path) as partial:
-        written = pd.concat([table["filename"], numbers, note.rename("note"), traits], axis=1)
+    with writing.whole_file(args.out) as partial:
+        written = pd.concat([table[["filename", *args.kept]], numbers, note.rename("note"), traits], axis=1)
+        written = written.assign(**{"drawn_data": True} if reading.is_drawn(args.labels_path) else {})
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
@@ -284,6 +288,8 @@ def build_parser():
     add("--recursive", action="store_true", help="also the folders in the folders")
     add("--labels_path", type=Path, help="a sheet, .xlsx, .csv or .parquet, whose rows are predicted")
     add("--image_dir", type=Path, help="folder of the sheet's photos (default: images_med_res beside the sheet)")
+    add("--group_by", nargs="+", metavar="COLUMN", help="of the sheet, kept in the table (default: the training's)")
+    add("--time_column", metavar="COLUMN", help="of the sheet, kept too (default: timestamp, else age_days)")
     add("--model", type=Path, default="models/biomass_resnet.pt", help="checkpoint")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the training")
@@ -310,6 +316,8 @@ def check_arguments(args):
     if args.image_dir and not args.labels_path:
         text = "--image_dir is the folder of a sheet's photos"
         raise UserError(f"{text}: pass --labels_path too, or the folder alone")
+    if (args.group_by or args.time_column) and not args.labels_path:
+        raise UserError("--group_by and --time_column name columns of a sheet: pass --labels_path with it")
     args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
     for folder in [*args.photos, args.image_dir]:
         outputs = filter(None, (args.out, args.sheet, args.explain, args.export))
@@ -324,7 +332,7 @@ def predict(argv, started):
     check_arguments(args)
     checkpoint = read_checkpoint(args.model)
     others = vars(tm.build_parser().parse_args([])) | {"epochs": 0, "batch_size": 256}  # which tm's functions ask for
-    args = SimpleNamespace(**others | vars(args) | {"target": checkpoint.target})
+    args = SimpleNamespace(**others | vars(args) | {"target": checkpoint.target, "kept": []})
     accelerator = start(args, checkpoint, started)
     engine = features.Engine(checkpoint.model.backbone, accelerator.device, args.precision)
     logger.info(f"{args.model}: {checkpoint.settings['name']} by {engine.name}")
@@ -347,7 +355,7 @@ def predict(argv, started):
         traits = plant.trait_table(batches.measured(np.arange(len(good))), args.mm_per_pixel).set_axis(good.index)
         unreadable = (table["_fault"] != "").any()
         if accelerator.is_main_process:
-            write_table(table, traits, checkpoint, args.out)
+            write_table(table, traits, checkpoint, args)
             if args.sheet:
                 draw_sheet(table, checkpoint, args)
             if args.explain:

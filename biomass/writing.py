@@ -114,6 +114,11 @@ def interval(calibration, predicted, coverage):
     return np.maximum(low, calibration["floor"]), np.maximum(high, calibration["floor"])
 
 
+def most_coverage(calibration):
+    """Share that its groups can promise: beyond it the quantiles lie outside all errors that were seen."""
+    return (calibration["groups"] - 1) / (calibration["groups"] + 1)
+
+
 def error_size(growth, predicted):
     """The expected size of an error: it grows with the prediction as offset + slope * |predicted|."""
     offset, slope, least = growth
@@ -137,13 +142,17 @@ def unlikeness(familiar, features):
 def write_report(table, history, metrics, args, third_panel=None):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
     unit, history = reading.unit_of(args.target), pd.DataFrame(history)
-    in_unit = {name: f"{name}_{unit}".rstrip("_") for name in ("measured", "predicted", "error")}
-    columns = dict.fromkeys(["filename", *args.group_by, "fold", *in_unit.values()])
+    numbers = [name for name in ("measured", "predicted", "error", "low", "high") if name in table]
+    in_unit = {name: f"{name}_{unit}".rstrip("_") for name in numbers}
+    times = filter(None, [vars(args).get("time_column")])  # of cross_validate.py
+    columns = dict.fromkeys(["filename", *args.group_by, *times, "fold", *in_unit.values()])
     write_json(metrics, args.metrics_path)
     with whole_file(args.results_dir / "history.csv") as partial:
         history.to_csv(partial, index=False)
+    drawn = {"drawn_data": True} if reading.is_drawn(args.labels_path) else {}
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        table.rename(columns=in_unit)[list(columns)].to_csv(partial, index=False, float_format="%.9g")
+        written = table.rename(columns=in_unit)[list(columns)].assign(**drawn)
+        written.to_csv(partial, index=False, float_format="%.9g")
     plot_curves(history, metrics, args)
     plot_predictions(table, metrics, args, third_panel)
     plot_worst(table, args)
@@ -168,12 +177,12 @@ def log_result(metrics, args):
     logger.info(text)
 
 
-def new_figure(labels_path, size):
-    """An empty figure (inches); it says in small print if the data are drawn."""
+def new_figure(labels_path, size, drawn=False):
+    """An empty figure (inches); it says in small print if the data, those of the sheet or any, are drawn."""
     from matplotlib.figure import Figure  # not pyplot, which would keep it
 
     figure = Figure(figsize=size, layout="constrained")
-    if reading.is_drawn(labels_path):
+    if drawn or reading.is_drawn(labels_path):
         figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
     return figure
 
