@@ -1,15 +1,12 @@
 """Tell how fast each plant grows, from weights that were read from its photos on several days.
 
-    python growth.py predictions.csv                                     the table of predict.py or cross_validate.py
+    python growth.py predictions.csv                                    the table of predict.py or cross_validate.py
     python growth.py predictions.csv --plant experiment_id plant_number --compare treatment
     python growth.py weights.xlsx --plant pot --time date --value fresh_weight
 
 Writes growth.csv, a row a plant: photos, first and last day, growth_rate (relative, a day: the slope of ln weight on
 days) with a 95 % interval, doubling_days (if it surely grows), gain_a_day and a note on what is odd; and growth.png.
-
-The interval has two parts. Errors of single days show as scatter around a plant's line. Those that the photos of a
-plant share do not: one that is the same on all days cancels in the slope, but a model errs differently on a plant that
-has grown. How far it errs, `low` and `high` of the predictions tell; error_of says how alike the errors are.
+Errors of single days show as scatter around a plant's line; of those that its photos share error_of tells.
 """
 
 import itertools
@@ -25,12 +22,10 @@ from scipy import stats
 from biomass import reading, writing
 from biomass.reading import UserError
 
-FORGETS = 1.7  # in ln weight: how far a plant grows until the model's error on it is another; see experiments/growth.py
+FORGETS = 1.7  # in ln weight: how far a plant grows until a model's error on it is another; see error_of
 SHARED = 8  # days that the scatter of all plants counts beside a plant's own
-ODD_DAY, ODD_PLANT = 0.01, 0.001  # chance that a plant without fault is noted, by a day and by its scatter
-FACTOR = 2  # between photos of one plant and day from which on they are hardly of one plant
-WIDE = math.log(1.5)  # scatter of days from which on they are hardly of plants that stay
-EXACT = 1e-12  # variance of ln weight below which it is rounding
+ODD_DAY, ODD_PLANT = 0.03, 0.001  # chance that a plant without fault is noted, by a day and by its scatter
+FACTOR = 2  # between photos of a day, or scatters of plants, from which on they are hardly of one plant
 NAMED = 12  # odd plants with their name in the picture
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]  # of Okabe and Ito, told apart by all
 ODD, OTHERS = "#D55E00", "#777777"
@@ -38,62 +33,47 @@ ODD, OTHERS = "#D55E00", "#777777"
 logger = logging.getLogger("biomass")
 
 
-# ---------------------------------------------------------------- the table
-
-
 def choose_columns(names, args):
     """Fill in the columns that no flag names, as predict.py and cross_validate.py write them."""
     args.value = args.value or next((name for name in names if name.startswith("predicted")), None)
     args.time = args.time or reading.time_column(None, names)
-    ours = "filename" in names and args.value in names
-    kept = names[names.index("filename") + 1 : names.index(args.value)] if ours else []
-    no_plant = [args.time, "fold", *(name for name in names if name.startswith("measured"))]
-    args.plant = args.plant or [name for name in kept if name not in no_plant] or [None]
-    chosen = {"--value": [args.value], "--time": [args.time], "--plant": args.plant, "--compare": [args.compare]}
-    for flag, columns in chosen.items():
-        lost = [name for name in columns if name not in names and (name or flag != "--compare")]
+    if not args.plant:  # what the two keep between filename and the weights
+        kept = itertools.takewhile(lambda name: not name.startswith(("predicted", "measured")), names)
+        args.plant = [name for name in kept if name not in ("filename", "fold", args.time)] if args.value else []
+    args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])])) or [None]
+    for flag, columns in (("value", [args.value]), ("time", [args.time]), ("plant or --compare", args.plant)):
+        lost = [name for name in columns if name not in names]
         if lost:
-            fault = f"no column '{lost[0]}'" if lost[0] else f"none of the columns that {flag} stands for by itself"
-            raise UserError(f"{args.table} has {fault}: pass {flag} with some of {', '.join(names[:20])}")
-    args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])]))
+            fault = f"no column '{lost[0]}'" if lost[0] else f"no column that tells the {flag[:5]} by its name"
+            raise UserError(f"{args.table} has {fault}: name one by --{flag}, of {', '.join(names[:20])}")
     predicted = args.value.startswith("predicted")
     args.unit = args.value.removeprefix("predicted").strip("_") if predicted else reading.unit_of(args.value)
 
 
 def gather(table, args):
-    """A row for each plant and day: time (days), mean, least and most weight, photos, and the model's error.
-
-    The error is one standard deviation, as a share of the weight; 0 where the table tells none.
-    """
+    """A row for each plant and day: time (days), mean, least and most weight, photos, and the model's error."""
     value = reading.to_numbers(table[args.value])
     days, args.dates = reading.to_days(table[args.time], args.table)
     rows = table[args.plant].apply(reading.to_ids).assign(time=days, weight=value, error=error_told(table, value, args))
-    faults = {f"without {name}": rows[name].isna() for name in args.plant} | {f"without {args.time}": days.isna()}
-    faults |= {f"without {args.value}": value.isna(), f"with {args.value} not above 0": value <= 0}
-    for fault, bad in faults.items():
+    unknown, named = rows.drop(columns="error").isna().any(axis=1), ", ".join([*args.plant, args.time, args.value])
+    for fault, bad in ((f"without one of {named}", unknown), (f"with {args.value} not above 0", value <= 0)):
         if bad.any():
             logger.info(f"dropped {bad.sum():,} rows {fault}, row {bad.idxmax() + 2} first")
-    rows = rows[~np.logical_or.reduce([*faults.values()])].sort_values([*args.plant, "time"])
+    rows = rows[~unknown & (value > 0)].sort_values([*args.plant, "time"])
     by_day = rows.groupby([*args.plant, np.floor(rows["time"]).rename("day")], sort=False)
-    numbers = {"photos": ("weight", "size"), "least": ("weight", "min"), "most": ("weight", "max")}
-    return by_day.agg(
-        time=("time", "mean"), weight=("weight", "mean"), error=("error", "mean"), **numbers
-    ).reset_index()
+    means = by_day[["time", "weight", "error"]].mean()
+    return means.join(by_day["weight"].agg(photos="size", least="min", most="max")).reset_index()
 
 
 def error_told(table, value, args):
-    """What low and high of the predictions tell of each one's error, as one standard deviation's share of it."""
+    """One standard deviation of each weight's error, as its share, by low and high; 0 where the table lacks them."""
     ends = [next((name for name in table if name.startswith(end)), None) for end in ("low", "high")]
     of_others = not args.value.startswith("predicted") and any(name.startswith("predicted") for name in table)
     if None in ends or of_others or table[ends].isna().all(axis=None):
-        text = f"no low and high of {args.value}: the intervals hold what differs between days"
-        logger.info(f"{text}, and nothing of errors that the photos of a plant share")
+        logger.info(f"no low and high of {args.value}: intervals of growth lack errors that photos of a plant share")
         return 0.0
     low, high = (reading.to_numbers(table[end]).fillna(math.inf) for end in ends)
     return (high - low) / value / (2 * stats.norm.ppf((1 + args.coverage) / 2))
-
-
-# ---------------------------------------------------------------- a plant's line and its errors
 
 
 def fit_line(days):
@@ -107,22 +87,22 @@ def pool_scatter(fits):
     """Variance of a day around its plant's line, in the middle plant, as odd ones would double the mean; and its df."""
     known = [(squares / stats.chi2.median(df), df) for _, squares, df in fits if df > 0]
     variances, freedom = zip(*known, strict=True) if known else ([math.nan], [0])
-    return max(float(np.median(variances)), EXACT), sum(freedom)
+    return max(float(np.median(variances)), 1e-12), sum(freedom)  # less is rounding
 
 
 def scatter_of(squares, freedom, pool):
     """Variance of a plant's days, from its own squares and the scatter of all plants, and its degrees of freedom."""
-    variance, days = pool
-    shared = max(min(SHARED, days - freedom), 0)
+    shared = max(min(SHARED, pool[1] - freedom), 0)
     together = freedom + shared
-    return max((squares + shared * variance) / together, EXACT) if together else math.nan, together
+    return max((squares + shared * pool[0]) / together, 1e-12) if together else math.nan, together
 
 
 def error_of(contrast, days, slope, variance):
     """Standard error of a weighted sum of ln weights of a plant's days.
 
     Days scatter independently, with `variance`. The model's errors have the size that low and high tell, and the
-    correlation of a Gaussian process, exp(-d^2 / 2 FORGETS^2), between days on which ln weight differs by d.
+    correlation of a Gaussian process, exp(-d^2 / 2 FORGETS^2), between days on which ln weight differs by d: as much
+    as drawn pots need (tests/experiments/growth.py).
     """
     time, weighted = days["time"].to_numpy(), contrast * days["error"].to_numpy()
     alike = np.exp(-((slope * (time[:, None] - time) / FORGETS) ** 2) / 2)
@@ -147,14 +127,9 @@ def find_odd_day(days, pool):
     return int(np.argmin(chances)) if min(chances) < ODD_DAY else None
 
 
-# ---------------------------------------------------------------- a row a plant
-
-
 def judge_plant(days, pool, args):
     """What growth.csv says of a plant; a day that does not fit is named and left out of the line."""
-    name = [
-        f"{pd.Timestamp(0) + pd.Timedelta(days=time):%Y-%m-%d}" if args.dates else f"{time:g}" for time in days["time"]
-    ]
+    name = [f"{pd.to_datetime(time, unit='D'):%Y-%m-%d}" if args.dates else f"{time:g}" for time in days["time"]]
     row, notes = {"photos": days["photos"].sum(), "first": name[0], "last": name[-1]}, []
     for place in np.flatnonzero(days["most"] > FACTOR * days["least"])[:1]:
         notes.append(f"photos of {name[place]} differ more than {FACTOR}-fold: one name for two plants?")
@@ -169,7 +144,7 @@ def judge_plant(days, pool, args):
 def rate_of(days, pool, notes):
     """Growth rate a day with its 95 % interval, doubling time and gain; adds to the notes what they tell."""
     rate, squares, freedom = fit_line(days)
-    if freedom and stats.chi2.sf(squares / pool[0], freedom) < ODD_PLANT:
+    if freedom and stats.chi2.sf(squares / pool[0] / FACTOR**2, freedom) < ODD_PLANT:
         times = math.sqrt(squares / freedom / pool[0])
         notes.append(f"scatters {times:.1f} times as far around its line as others: several plants?")
     variance, freedom = scatter_of(squares, freedom, pool)
@@ -180,11 +155,8 @@ def rate_of(days, pool, notes):
     if rate + reach < 0:
         notes.append("loses weight: harvested, wilted, or mistaken for another?")
     row = {"growth_rate": rate, "growth_rate_low": rate - reach, "growth_rate_high": rate + reach}
-    row |= {"doubling_days": math.log(2) / rate if rate - reach > 0 else math.nan}  # else it may not grow at all
+    row["doubling_days"] = math.log(2) / rate if rate > reach else math.nan  # it may not grow at all
     return row | {"gain": stats.linregress(days["time"], days["weight"]).slope}
-
-
-# ---------------------------------------------------------------- all plants, and groups of them
 
 
 def compare(plants, column):
@@ -192,56 +164,62 @@ def compare(plants, column):
     groups = [(name, rows["growth_rate"].dropna()) for name, rows in plants.groupby(column)]
     pairs = list(itertools.combinations(groups, 2))
     for (first, one), (second, other) in pairs:
-        both = f"{column} {second} ({len(other)} plants) against {first} ({len(one)})"
-        if min(len(one), len(other)) < 2:
-            yield f"{both}: not compared, a group needs two plants with a growth rate"
-            continue
-        low, high = stats.ttest_ind(other, one, equal_var=False).confidence_interval(1 - 0.05 / len(pairs))
-        verdict = "they differ" if low * high > 0 else "no difference can be told"
-        difference = f"{other.mean() - one.mean():+.4f} a day, 95 % interval {low:+.4f} to {high:+.4f}"
-        yield f"{both}: growth rate {difference}; {verdict}"
+        if min(len(one), len(other)) > 1:
+            low, high = stats.ttest_ind(other, one, equal_var=False).confidence_interval(1 - 0.05 / len(pairs))
+            told = f"{other.mean() - one.mean():+.4f} a day (95 % interval {low:+.4f} to {high:+.4f})"
+            told += ", they differ" if low * high > 0 else ", no difference can be told"
+        else:
+            told = "not compared, a group needs two plants with a growth rate"
+        yield f"{column} {second} (n = {len(other)}) - {first} (n = {len(one)}): {told}"
 
 
-def plot_mean(days, colour, label, axis):
-    """Geometric mean of plants by day, with its 95 % interval as a band, where three plants or more have the day."""
-    logs = np.log(days["weight"]).groupby(days["day"]).agg(["mean", "sem", "size"]).query("size > 2")
-    reach = stats.t.ppf(0.975, logs["size"] - 1) * logs["sem"]
-    axis.plot(logs.index, np.exp(logs["mean"]), color=colour, linewidth=2, label=label)
-    axis.fill_between(logs.index, np.exp(logs["mean"] - reach), np.exp(logs["mean"] + reach), color=colour, alpha=0.25)
+def mean_interval(weights):
+    logs = np.log(weights)
+    return np.exp(stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
 
 
 def draw_growth(days, plants, drawn, args):
-    figure = writing.new_figure(None, (5, 4.2), drawn)
-    axis, names, start = figure.subplots(), [], days["day"].min() if args.dates else 0
-    days = days.assign(time=days["time"] - start, day=days["day"] - start).merge(plants[[*args.plant, "note"]])
-    names = sorted(days[args.compare].unique()) if args.compare else []
-    colours = dict(zip(names, COLOURS, strict=False))
-    for number, (plant, own) in enumerate(
-        sorted(days.groupby(args.plant), key=lambda one: one[1]["note"].iloc[0] == "")
-    ):
-        odd = own["note"].iloc[0] != ""
-        colour = colours.get(own[args.compare].iloc[0]) if names else ODD if odd else OTHERS
-        axis.plot(own["time"], own["weight"], color=colour, linewidth=1.2 if odd else 0.5, alpha=1 if odd else 0.5)
-        if odd and number < NAMED:
-            last, text = own[["time", "weight"]].iloc[-1], writing.plain(" ".join(plant))
-            axis.annotate(text, last, (3, -3), textcoords="offset points", color=colour, fontsize=7)
-    for name in names:
-        count = (plants[args.compare] == name).sum()
-        plot_mean(days[days[args.compare] == name], colours[name], f"{writing.plain(name)}, n = {count}", axis)
-    if names:
-        axis.legend(
-            title=f"mean of each {writing.plain(args.compare)}\nband: its 95 % interval", fontsize=8, title_fontsize=8
-        )
-    since = f"days since {pd.Timestamp(0) + pd.Timedelta(days=start):%Y-%m-%d}"
-    unit = f" ({args.unit})" if args.unit else ""
-    axis.set(
-        yscale="log", ylabel=f"{writing.plain(args.value)}{unit}", xlabel=since if args.dates else f"{args.time} (days)"
-    )
-    axis.set_title(f"n = {len(plants):,} plants, {(plants['note'] != '').sum():,} with a note (named)", fontsize=10)
+    import seaborn
+    from matplotlib.ticker import LogLocator
+
+    figure, start = writing.new_figure(None, (5, 4.2), drawn), days["day"].min() if args.dates else 0
+    days = days.merge(plants[[*args.plant, "note"]]).assign(name=days[args.plant].agg(" ".join, axis=1))
+    days[["time", "day"]] -= start
+    look = {"y": "weight", "ax": figure.subplots(), "color": OTHERS}
+    if args.compare:
+        counts = plants[args.compare].value_counts()
+        days["group"] = days[args.compare].map(lambda name: f"{writing.plain(name)}, n = {counts[name]}")
+        palette = (COLOURS * len(counts))[: len(counts)]
+        look |= {"hue": "group", "hue_order": sorted(days["group"].unique()), "palette": palette, "color": None}
+    axis = seaborn.lineplot(days, x="time", units="name", estimator=None, lw=0.5, alpha=0.5, legend=False, **look)
+    if args.compare:
+        shared = days.groupby(["group", "day"]).filter(lambda plants: len(plants) > 2)
+        seaborn.lineplot(shared, x="day", estimator=stats.gmean, errorbar=mean_interval, lw=2, **look)
+        axis.legend(title=f"mean by {writing.plain(args.compare)}, 95 % interval", fontsize=8, title_fontsize=8)
+    odd = list(days[days["note"] != ""].groupby("name"))
+    for name, own in odd[:NAMED]:
+        axis.plot(own["time"], own["weight"], color=ODD, lw=1.2)
+        axis.annotate(writing.plain(name), own[["time", "weight"]].iloc[-1], color=ODD, fontsize=7)
+    unit, value = f" ({args.unit})" if args.unit else "", args.value.removesuffix(f"_{args.unit}")
+    xlabel = f"days since {pd.to_datetime(start, unit='D'):%Y-%m-%d}" if args.dates else f"{args.time} (days)"
+    axis.set(yscale="log", ylabel=f"{writing.plain(value)}{unit}, log scale", xlabel=xlabel)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.set_title(f"n = {len(plants):,} plants, {len(odd):,} with a note{', some named' * bool(odd)}", fontsize=10)
     writing.save_figure(figure, args.out.with_suffix(".png"), dpi=200)
 
 
-# ---------------------------------------------------------------- the run
+def log_growth(plants, pool, args):
+    counts = f"{len(plants):,} plants, {plants['photos'].sum():,} photos"
+    logger.info(f"{counts}: growth rate {plants['growth_rate'].median():.4f} a day in the middle plant")
+    noted = plants[plants["note"] != ""]
+    lines = [f"{' '.join(row[name] for name in args.plant)}: {row['note']}" for row in noted.to_dict("records")]
+    if (factor := math.exp(math.sqrt(pool[0]))) > 1.5:
+        text = f"warning: days lie off their plant's line by a factor of {factor:.2f}, as of harvested plants"
+        lines.append(f"{text}, or of several with one name: --plant takes all columns that tell them apart")
+    for line in [*compare(plants, args.compare), *lines] if args.compare else lines:
+        logger.info(line)
 
 
 def build_parser():
@@ -264,32 +242,18 @@ def tell_growth(argv, started):
     table = reading.read_table(args.table)
     choose_columns(list(table), args)
     days = gather(table, args)
-    lines = {plant: own for plant, own in days.groupby(args.plant, sort=False)}
+    lines = dict(list(days.groupby(args.plant, sort=False)))
     if all(len(own) < 2 for own in lines.values()):
-        text = f"{args.table}: each of {len(lines):,} plants has photos of one day, growth needs two"
-        raise UserError(f"{text}; --plant names the columns that tell plants apart (now {' '.join(args.plant)})")
+        fault = f"{args.table}: none of {len(lines):,} plants (by {' '.join(args.plant)}) has photos of two days"
+        raise UserError(f"{fault}, as growth needs: --plant names the columns that tell plants apart")
     pool = pool_scatter([fit_line(own) for own in lines.values() if len(own) > 1])
     rows = [dict(zip(args.plant, plant, strict=True)) | judge_plant(own, pool, args) for plant, own in lines.items()]
-    plants = pd.DataFrame(rows)
-    log_growth(plants, pool, args)
+    log_growth(plants := pd.DataFrame(rows), pool, args)
     with writing.whole_file(args.out) as partial:
         named = plants.rename(columns={"gain": f"gain_a_day_{args.unit}".rstrip("_")})
         named.to_csv(partial, index=False, float_format="%.6g")
     draw_growth(days, plants, "drawn_data" in table, args)
     return 0
-
-
-def log_growth(plants, pool, args):
-    low, middle, high = plants["growth_rate"].quantile([0.25, 0.5, 0.75])
-    rates = f"growth rate {middle:.4f} a day in the middle plant, {low:.4f} to {high:.4f} in half of them"
-    logger.info(f"{len(plants):,} plants, {plants['photos'].sum():,} photos: {rates}")
-    for line in compare(plants, args.compare) if args.compare else ():
-        logger.info(line)
-    for plant in plants[plants["note"] != ""].to_dict("records"):
-        logger.info(f"{' '.join(plant[name] for name in args.plant)}: {plant['note']}")
-    if pool[0] > WIDE**2:
-        text = f"warning: the days of a plant scatter by a factor of {math.exp(math.sqrt(pool[0])):.2f} around its line"
-        logger.info(f"{text}: plants that were harvested, or share a name, have no growth; name all columns in --plant")
 
 
 def main(argv=None):
