@@ -29,6 +29,7 @@ from biomass.reading import UserError
 SHOWN = 12  # photos with a heat map
 COMPONENTS = 31  # of the training features; what lies outside them counts too
 FAMILIAR_SHARE = 0.99  # of held-out photos that count as like the training photos
+SCENE_SHARE = 0.99  # of training photos whose lightness, colour and scale are told where a photo is unlike them
 COVERAGE = 0.9  # of the intervals in predictions.csv, as predict.py gives them
 MOST_ERASED = 500  # photos that are also predicted erased; so many tell r well enough
 SHARES, DRAWS, FEWEST = (1 / 16, 1 / 8, 1 / 4, 1 / 2), 3, 10  # of the training plants on a learning curve; plants
@@ -101,6 +102,8 @@ def train_on_all(run, args, table, results):
     familiar = describe_features(run.batches.features(model, rows))
     held_out = np.concatenate([result["unlikeness"].numpy() for result in results])
     familiar["limit"] = float(np.quantile(held_out, FAMILIAR_SHARE))
+    scenes = run.batches.measured(some_rows(run, args))[:, [plant.MEASURED.index(name) for name in plant.SCENE]]
+    familiar["scene"] = np.quantile(scenes, [(1 - SCENE_SHARE) / 2, (1 + SCENE_SHARE) / 2], axis=0)
     if run.accelerator.is_main_process:
         familiar = {name: torch.as_tensor(value) for name, value in familiar.items()}
         tm.save_checkpoint(model, args, outcome["epoch"], calibrate(table, run.labels, args), familiar)
@@ -158,10 +161,13 @@ def describe_features(found):
 # ---------------------------------------------------------------- does it look at the plant?
 
 
+def some_rows(run, args):
+    """At most MOST_ERASED rows, by chance: they are predicted with their plant erased, and all but their plant."""
+    return np.sort(np.random.default_rng(args.seed).permutation(len(run.labels))[:MOST_ERASED])
+
+
 def rows_to_erase(run, args):
-    """The rows that are predicted with their plant erased, and all but their plant: at most MOST_ERASED, by chance."""
-    count = 0 if args.no_erasing else min(MOST_ERASED, len(run.labels))
-    return np.sort(np.random.default_rng(args.seed).permutation(len(run.labels))[:count])
+    return some_rows(run, args)[: 0 if args.no_erasing else None]
 
 
 def judge_erased(table, shares):

@@ -22,7 +22,7 @@ from scipy import stats
 from biomass import reading, writing
 from biomass.reading import UserError
 
-FORGETS = 1.7  # in ln weight: how far a plant grows until a model's error on it is another; see error_of
+FORGETS = 1.9  # in ln weight: how far a plant grows until a model's error on it is another; see error_of
 SHARED = 8  # days that the scatter of all plants counts beside a plant's own
 ODD_DAY, ODD_PLANT = 0.03, 0.001  # chance that a plant without fault is noted, by a day and by its scatter
 FACTOR = 2  # between photos of a day, or scatters of plants, from which on they are hardly of one plant

@@ -31,8 +31,14 @@ from biomass.reading import UserError
 
 UNLIKE = "unlike training photos"
 SHOWN = 12  # photos with a heat map
-THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
-MARKS = {"outside": "outside interval", "unlike": "unlike training"}  # what a red thumbnail says
+THUMBNAILS, THUMBNAILS_A_ROW, MARKED = 48, 8, "#D55E00"
+REASONS = {  # of what is measured of a scene, its name, its format, and what photos below and above the others are
+    "share": ("of the frame is plant", ".1%", "other scale, plant smaller", "other scale, plant larger"),
+    "scene_lightness": ("lightness", ".0f", "darker", "lighter"),
+    "scene_green_red": ("green to red", ".0f", "other colour, greener", "other colour, redder"),
+    "scene_blue_yellow": ("blue to yellow", ".0f", "other colour, bluer", "other colour, yellower"),
+    "fineness": ("fineness", ".2f", "blurred or closer", "sharper or from farther"),
+}
 
 logger = logging.getLogger("biomass")
 
@@ -55,6 +61,8 @@ def read_checkpoint(path):
         checkpoint.model.load_state_dict(state)
         checkpoint.model.plan = checkpoint.metadata
         checkpoint.familiar = {name: value.numpy() for name, value in (checkpoint.familiar or {}).items()}
+        if checkpoint.familiar:
+            why_unlike(checkpoint.familiar["scene"], [])
         if checkpoint.calibration:
             writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
         if not isinstance(checkpoint.unit + checkpoint.target, str):
@@ -112,7 +120,7 @@ def rows_of_sheet(args, checkpoint, columns):
 def weigh_rows(rows, checkpoint, batches):
     """`rows` with predicted (NaN where there is a fault) and whether each photo is unlike the training photos."""
     good, model = np.flatnonzero(rows["_fault"] == ""), checkpoint.model
-    predicted, unlike = np.full(len(rows), np.nan), np.zeros(len(rows), bool)
+    predicted, unlike, reasons = np.full(len(rows), np.nan), np.zeros(len(rows), bool), np.full(len(rows), "", object)
     if len(good):
         each = np.arange(len(good))
         batches.collect(each[:0], each)
@@ -120,14 +128,22 @@ def weigh_rows(rows, checkpoint, batches):
         if checkpoint.familiar:
             distances = writing.unlikeness(checkpoint.familiar, batches.features(model, each))
             unlike[good] = distances > checkpoint.familiar["limit"]
-    return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
+            reasons[good] = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
+    return rows.assign(predicted=predicted, unlike=unlike, reason=reasons, measured=rows[checkpoint.target])
 
 
-def add_traits(table, batches, mm_per_pixel):
-    """`table` with the traits of the plants in the photos, in pixels of the photos or mm."""
-    good = table.index[table["_fault"] == ""]
-    traits = plant.trait_table(batches.measured(np.arange(len(good))), mm_per_pixel)
-    return table.join(traits.set_axis(good))
+def why_unlike(ranges, measured):
+    """In what photos (n, len(plant.MEASURED)) lie beyond the ranges of the training photos (2, len(plant.SCENE))."""
+    reasons, scenes = [], pd.DataFrame(measured, columns=plant.MEASURED)[plant.SCENE]
+    for scene in scenes.to_numpy():
+        found = []
+        for name, value, low, high in zip(plant.SCENE, scene, *ranges, strict=True):
+            what, form, below, above = REASONS[name]
+            if not low <= value <= high:
+                side = below if value < low else above
+                found.append(f"{side} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
+        reasons.append(", ".join(found) or "another scene")
+    return reasons
 
 
 def add_interval(table, checkpoint, coverage):
@@ -150,7 +166,7 @@ def add_interval(table, checkpoint, coverage):
 
 
 def write_table(table, traits, checkpoint, args):
-    note = table["_fault"].mask(table["unlike"], UNLIKE)
+    note = table["_fault"].mask(table["unlike"], f"{UNLIKE}: " + table["reason"])
     for step in checkpoint.metadata:
         cells, known = table[step["column"]], step.get("categories")
         lacks = reading.to_numbers(cells).isna() if known is None else ~reading.to_ids(cells).isin(known)
@@ -182,30 +198,40 @@ def spread(table, most):
 
 
 def draw_sheet(table, checkpoint, args):
-    """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
+    """Thumbnails with name, weight and interval: first the marked ones, then others from light to heavy."""
     good = table[table["_fault"] == ""].sort_values("predicted", kind="stable")
-    marked = good[good[list(MARKS)].any(axis=1)]
+    marked = good[good["outside"] | good["unlike"]]
     others, found = good.drop(marked.index), len(marked)
     room = min(max(THUMBNAILS - len(marked), THUMBNAILS // 2), len(others))
     marked, others = spread(marked, THUMBNAILS - room), spread(others, room)
     shown = pd.concat([marked, others])
     rows, unit = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1), f" {checkpoint.unit}".rstrip()
-    figure = writing.new_figure(args.labels_path, (10.4, 2 * rows + 0.4))  # for a page: 6.5 wide
+    figure = writing.new_figure(args.labels_path, (10.4, 1.85 * rows + 0.7))  # for a page: 6.5 wide
     axes = figure.subplots(rows, THUMBNAILS_A_ROW, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
+    numbers = shown[["predicted", "low", "high", "measured"]].replace(math.inf, np.nan)
+    most = numbers.max(axis=None)
     for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
         axis.imshow(reading.open_photo(row["_path"]).resize((108, 108)))
-        reasons, name = [text for column, text in MARKS.items() if row[column]], row["filename"][-28:]
-        lines = [name[:14], name[14:], f"predicted {row['predicted']:.3f}{unit}"]
-        lines.append(f"from {row['low']:.3f} to {row['high']:.3f}" if checkpoint.calibration else "")
-        lines.append(f"measured {row['measured']:.3f}{unit}" if np.isfinite(row["measured"]) else "")
-        text, colour = "\n".join(filter(None, lines + reasons)), "tab:red" if reasons else "black"
+        mark = ", unlike" * row["unlike"] + ", outside" * row["outside"]
+        text, colour = f"{row['filename'][-18:]}\n{row['predicted']:.3f}{unit}{mark}", MARKED if mark else "black"
         axis.set_title(writing.plain(text), fontsize=9, color=colour, pad=3)
-    first = f"{len(marked):,} of {found:,} marked photos first, in red, then " if found else ""
-    title = f"{writing.plain(checkpoint.target)}: {first}{len(others):,} of {len(good) - found:,} others"
-    figure.suptitle(title, fontsize=12)
+        draw_bar(axis, row / most)
+    bar = f"dot: predicted, bar: its interval, cross: measured, on 0 to {most:.3g}{unit}"
+    first = f"; first {len(marked):,} of {found:,} unlike training photos or outside" if found else ""
+    number = f"{len(shown):,} of {len(good):,} photos{first}"
+    figure.suptitle(f"{writing.plain(checkpoint.target)}, {number}\n{bar}", fontsize=11)
     writing.save_figure(figure, args.sheet, dpi=90, colours=256)
+
+
+def draw_bar(axis, row):
+    """Below a thumbnail, whose width is 1: the interval as a bar, with what was predicted and measured."""
+    place = {"transform": axis.transAxes, "clip_on": False}
+    axis.plot([0, 1], [-0.07, -0.07], color="lightgrey", linewidth=1, **place)
+    axis.plot([max(row["low"], 0), min(row["high"], 1)], [-0.07, -0.07], color="#56B4E9", linewidth=4, **place)
+    axis.plot(row["predicted"], -0.07, "o", color="black", markersize=4, **place)
+    axis.plot(row["measured"], -0.07, "x", color=MARKED, markersize=5, markeredgewidth=1.5, **place)
 
 
 def explain(table, checkpoint, batches, args):
