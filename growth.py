@@ -1,8 +1,7 @@
 """Tell how fast each plant grows, from weights that were read from its photos on several days.
 
     python growth.py predictions.csv                                    the table of predict.py or cross_validate.py
-    python growth.py predictions.csv --plant experiment_id plant_number --compare treatment
-    python growth.py weights.xlsx --plant pot --time date --value fresh_weight
+    python growth.py weights.xlsx --plant experiment pot --time date --value fresh_weight --compare treatment
 
 Writes growth.csv, a row a plant: photos, first and last day, growth_rate (relative, a day: the slope of ln weight on
 days) with a 95 % interval, doubling_days (if it surely grows), gain_a_day and a note on what is odd; and growth.png.
@@ -46,8 +45,7 @@ def choose_columns(names, args):
         if lost:
             fault = f"no column '{lost[0]}'" if lost[0] else f"no column that tells the {flag[:5]} by its name"
             raise UserError(f"{args.table} has {fault}: name one by --{flag}, of {', '.join(names[:20])}")
-    predicted = args.value.startswith("predicted")
-    args.unit = args.value.removeprefix("predicted").strip("_") if predicted else reading.unit_of(args.value)
+    args.unit = args.value.partition("_")[2] if args.value.startswith("predicted") else reading.unit_of(args.value)
 
 
 def gather(table, args):
@@ -61,8 +59,8 @@ def gather(table, args):
             logger.info(f"dropped {bad.sum():,} rows {fault}, row {bad.idxmax() + 2} first")
     rows = rows[~unknown & (value > 0)].sort_values([*args.plant, "time"])
     by_day = rows.groupby([*args.plant, np.floor(rows["time"]).rename("day")], sort=False)
-    means = by_day[["time", "weight", "error"]].mean()
-    return means.join(by_day["weight"].agg(photos="size", least="min", most="max")).reset_index()
+    ends = by_day["weight"].agg(photos="size", least="min", most="max")
+    return by_day[["time", "weight", "error"]].mean().join(ends).reset_index()
 
 
 def error_told(table, value, args):
@@ -85,9 +83,8 @@ def fit_line(days):
 
 def pool_scatter(fits):
     """Variance of a day around its plant's line, in the middle plant, as odd ones would double the mean; and its df."""
-    known = [(squares / stats.chi2.median(df), df) for _, squares, df in fits if df > 0]
-    variances, freedom = zip(*known, strict=True) if known else ([math.nan], [0])
-    return max(float(np.median(variances)), 1e-12), sum(freedom)  # less is rounding
+    variances = [squares / stats.chi2.median(freedom) for _, squares, freedom in fits]
+    return max(float(np.median(variances or math.nan)), 1e-12), sum(freedom for *_, freedom in fits)  # less is rounding
 
 
 def scatter_of(squares, freedom, pool):
@@ -109,19 +106,14 @@ def error_of(contrast, days, slope, variance):
     return math.sqrt(variance * (contrast**2).sum() + max(weighted @ alike @ weighted, 0))
 
 
-def shares(times):
-    """How much each day's ln weight counts in the slope of a line."""
-    return (times - times.mean()) / ((times - times.mean()) ** 2).sum()
-
-
 def find_odd_day(days, pool):
     """Place of the day that lies off the line of the plant's other days, beyond all errors; None if none does."""
     chances, times, logs = [], days["time"].to_numpy(), np.log(days["weight"].to_numpy())
     for place in range(len(days)):
         slope, squares, freedom = fit_line(days.drop(days.index[place]))
         variance, freedom = scatter_of(squares, freedom, pool)
-        others = np.delete(times, place)
-        contrast = np.insert(-1 / len(others) - (times[place] - others.mean()) * shares(others), place, 1)
+        from_here = np.vander(np.delete(times, place) - times[place], 2)
+        contrast = np.insert(-np.linalg.pinv(from_here)[1], place, 1)  # less what the others' line gives here
         off = contrast @ logs / error_of(contrast, days, slope, variance)
         chances.append(2 * stats.t.sf(abs(off), freedom) * len(days))
     return int(np.argmin(chances)) if min(chances) < ODD_DAY else None
@@ -148,7 +140,8 @@ def rate_of(days, pool, notes):
         times = math.sqrt(squares / freedom / pool[0])
         notes.append(f"scatters {times:.1f} times as far around its line as others: several plants?")
     variance, freedom = scatter_of(squares, freedom, pool)
-    reach = stats.t.ppf(0.975, freedom) * error_of(shares(days["time"].to_numpy()), days, rate, variance)
+    share = np.linalg.pinv(np.vander(days["time"] - days["time"].mean(), 2))[0]  # of each day in the slope
+    reach = stats.t.ppf(0.975, freedom) * error_of(share, days, rate, variance)
     if not math.isfinite(reach):
         notes.append("no interval: it needs a plant with three days, and finite low and high")
         reach = math.nan
@@ -164,23 +157,22 @@ def compare(plants, column):
     groups = [(name, rows["growth_rate"].dropna()) for name, rows in plants.groupby(column)]
     pairs = list(itertools.combinations(groups, 2))
     for (first, one), (second, other) in pairs:
+        told = "not compared, a group needs two plants with a growth rate"
         if min(len(one), len(other)) > 1:
             low, high = stats.ttest_ind(other, one, equal_var=False).confidence_interval(1 - 0.05 / len(pairs))
             told = f"{other.mean() - one.mean():+.4f} a day (95 % interval {low:+.4f} to {high:+.4f})"
             told += ", they differ" if low * high > 0 else ", no difference can be told"
-        else:
-            told = "not compared, a group needs two plants with a growth rate"
         yield f"{column} {second} (n = {len(other)}) - {first} (n = {len(one)}): {told}"
 
 
 def mean_interval(weights):
+    """Ends of the 95 % interval of a geometric mean, by Student's t."""
     logs = np.log(weights)
     return np.exp(stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
 
 
 def draw_growth(days, plants, drawn, args):
     import seaborn
-    from matplotlib.ticker import LogLocator
 
     figure, start = writing.new_figure(None, (5, 4.2), drawn), days["day"].min() if args.dates else 0
     days = days.merge(plants[[*args.plant, "note"]]).assign(name=days[args.plant].agg(" ".join, axis=1))
@@ -203,7 +195,7 @@ def draw_growth(days, plants, drawn, args):
     unit, value = f" ({args.unit})" if args.unit else "", args.value.removesuffix(f"_{args.unit}")
     xlabel = f"days since {pd.to_datetime(start, unit='D'):%Y-%m-%d}" if args.dates else f"{args.time} (days)"
     axis.set(yscale="log", ylabel=f"{writing.plain(value)}{unit}, log scale", xlabel=xlabel)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
     axis.set_title(f"n = {len(plants):,} plants, {len(odd):,} with a note{', some named' * bool(odd)}", fontsize=10)
@@ -211,15 +203,15 @@ def draw_growth(days, plants, drawn, args):
 
 
 def log_growth(plants, pool, args):
-    counts = f"{len(plants):,} plants, {plants['photos'].sum():,} photos"
-    logger.info(f"{counts}: growth rate {plants['growth_rate'].median():.4f} a day in the middle plant")
-    noted = plants[plants["note"] != ""]
-    lines = [f"{' '.join(row[name] for name in args.plant)}: {row['note']}" for row in noted.to_dict("records")]
+    rate = f"growth rate {plants['growth_rate'].median():.4f} a day in the middle plant"
+    logger.info(f"{len(plants):,} plants, {plants['photos'].sum():,} photos: {rate}")
+    for line in compare(plants, args.compare) if args.compare else ():
+        logger.info(line)
+    for plant in plants[plants["note"] != ""].to_dict("records"):
+        logger.info(f"{' '.join(plant[name] for name in args.plant)}: {plant['note']}")
     if (factor := math.exp(math.sqrt(pool[0]))) > 1.5:
         text = f"warning: days lie off their plant's line by a factor of {factor:.2f}, as of harvested plants"
-        lines.append(f"{text}, or of several with one name: --plant takes all columns that tell them apart")
-    for line in [*compare(plants, args.compare), *lines] if args.compare else lines:
-        logger.info(line)
+        logger.info(f"{text}, or of several with one name: --plant takes all columns that tell them apart")
 
 
 def build_parser():
@@ -246,12 +238,12 @@ def tell_growth(argv, started):
     if all(len(own) < 2 for own in lines.values()):
         fault = f"{args.table}: none of {len(lines):,} plants (by {' '.join(args.plant)}) has photos of two days"
         raise UserError(f"{fault}, as growth needs: --plant names the columns that tell plants apart")
-    pool = pool_scatter([fit_line(own) for own in lines.values() if len(own) > 1])
+    pool = pool_scatter([fit_line(own) for own in lines.values() if len(own) > 2])
     rows = [dict(zip(args.plant, plant, strict=True)) | judge_plant(own, pool, args) for plant, own in lines.items()]
     log_growth(plants := pd.DataFrame(rows), pool, args)
     with writing.whole_file(args.out) as partial:
-        named = plants.rename(columns={"gain": f"gain_a_day_{args.unit}".rstrip("_")})
-        named.to_csv(partial, index=False, float_format="%.6g")
+        gain = {"gain": f"gain_a_day_{args.unit}".rstrip("_")}
+        plants.rename(columns=gain).to_csv(partial, index=False, float_format="%.6g")
     draw_growth(days, plants, "drawn_data" in table, args)
     return 0
 

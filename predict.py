@@ -6,10 +6,10 @@
     python predict.py --export biomass.onnx                         the model for other programs
     torchrun --standalone --nproc_per_node 4 predict.py photos/     by four processes, each with a GPU of its own
 
-Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, predicted_g, low_g, high_g, note and
-the traits of the plant (area, axes, colours, ...): from low to high lie 90 % (--coverage) of the weights of plants
-never seen; this, and the note `unlike training photos`, need a model of cross_validate.py. A photo that cannot be read
-has the reason in its note; the exit status is then 1.
+Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, what the sheet tells of plant and
+time (growth.py reads them), predicted_g, low_g, high_g, note and traits of the plant: from low to high lie 90 %
+(--coverage) of the weights of plants never seen; this, and the note `unlike training photos: darker`, need a model of
+cross_validate.py. A photo that cannot be read has the reason in its note; the exit status is then 1.
 """
 
 import functools
@@ -33,7 +33,7 @@ UNLIKE = "unlike training photos"
 SHOWN = 12  # photos with a heat map
 THUMBNAILS, THUMBNAILS_A_ROW, MARKED = 48, 8, "#D55E00"
 REASONS = {  # of what is measured of a scene, its name, its format, and what photos below and above the others are
-    "share": ("of the frame is plant", ".1%", "other scale, plant smaller", "other scale, plant larger"),
+    "share": ("plant in the frame", ".1%", "other scale, plant smaller", "other scale, plant larger"),
     "scene_lightness": ("lightness", ".0f", "darker", "lighter"),
     "scene_green_red": ("green to red", ".0f", "other colour, greener", "other colour, redder"),
     "scene_blue_yellow": ("blue to yellow", ".0f", "other colour, bluer", "other colour, yellower"),
@@ -80,15 +80,13 @@ def find_rows(args, checkpoint):
     if args.labels_path:
         return rows_of_sheet(args, checkpoint, columns)
     if columns:
-        text = f"{args.model} has learned from {', '.join(columns)} too"
-        raise UserError(f"{text}: pass them by --labels_path")
+        raise UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
     found = {}
     for path in map(Path, args.photos):
         inside = sorted(path.rglob("*") if args.recursive else path.iterdir()) if path.is_dir() else [path]
         photos = [one for one in inside if one.is_file() and (one == path or is_photo(one.name))]
         if not photos:
-            suffixes = ", ".join(reading.PHOTO_SUFFIXES)
-            raise UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
+            raise UserError(f"no photo at {path} ({', '.join(reading.PHOTO_SUFFIXES)}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
     rows = pd.DataFrame({"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""})
@@ -118,18 +116,18 @@ def rows_of_sheet(args, checkpoint, columns):
 
 
 def weigh_rows(rows, checkpoint, batches):
-    """`rows` with predicted (NaN where there is a fault) and whether each photo is unlike the training photos."""
+    """`rows` with predicted (NaN where there is a fault) and in what photos unlike the training photos are so."""
     good, model = np.flatnonzero(rows["_fault"] == ""), checkpoint.model
-    predicted, unlike, reasons = np.full(len(rows), np.nan), np.zeros(len(rows), bool), np.full(len(rows), "", object)
+    predicted, unlike = np.full(len(rows), np.nan), np.full(len(rows), "", object)
     if len(good):
         each = np.arange(len(good))
         batches.collect(each[:0], each)
         predicted[good] = tm.evaluate(model, batches.judge(each), batches)[0]
         if checkpoint.familiar:
             distances = writing.unlikeness(checkpoint.familiar, batches.features(model, each))
-            unlike[good] = distances > checkpoint.familiar["limit"]
-            reasons[good] = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
-    return rows.assign(predicted=predicted, unlike=unlike, reason=reasons, measured=rows[checkpoint.target])
+            reasons = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
+            unlike[good] = np.where(distances > checkpoint.familiar["limit"], reasons, "")
+    return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
 
 
 def why_unlike(ranges, measured):
@@ -138,10 +136,9 @@ def why_unlike(ranges, measured):
     for scene in scenes.to_numpy():
         found = []
         for name, value, low, high in zip(plant.SCENE, scene, *ranges, strict=True):
-            what, form, below, above = REASONS[name]
+            what, form, *sides = REASONS[name]
             if not low <= value <= high:
-                side = below if value < low else above
-                found.append(f"{side} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
+                found.append(f"{sides[value > high]} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
         reasons.append(", ".join(found) or "another scene")
     return reasons
 
@@ -166,7 +163,7 @@ def add_interval(table, checkpoint, coverage):
 
 
 def write_table(table, traits, checkpoint, args):
-    note = table["_fault"].mask(table["unlike"], f"{UNLIKE}: " + table["reason"])
+    note = table["_fault"].mask(table["unlike"] != "", f"{UNLIKE}: " + table["unlike"])
     for step in checkpoint.metadata:
         cells, known = table[step["column"]], step.get("categories")
         lacks = reading.to_numbers(cells).isna() if known is None else ~reading.to_ids(cells).isin(known)
@@ -181,9 +178,9 @@ def write_table(table, traits, checkpoint, args):
 def log_summary(table, checkpoint, coverage):
     good, unit = table[table["_fault"] == ""], f" {checkpoint.unit}".rstrip()
     mean, total = good["predicted"].agg(["mean", "sum"])
-    unlike = f"{good['unlike'].sum():,} {UNLIKE}, " if checkpoint.familiar else ""
-    logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, "
-                f"{unlike}{len(table) - len(good):,} unreadable")  # fmt: skip
+    unlike = f"{(good['unlike'] != '').sum():,} {UNLIKE}, " if checkpoint.familiar else ""
+    counts = f"{unlike}{len(table) - len(good):,} unreadable"
+    logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, {counts}")
     known = good.dropna(subset="measured")
     if len(known):
         errors = known["predicted"] - known["measured"]
@@ -200,7 +197,7 @@ def spread(table, most):
 def draw_sheet(table, checkpoint, args):
     """Thumbnails with name, weight and interval: first the marked ones, then others from light to heavy."""
     good = table[table["_fault"] == ""].sort_values("predicted", kind="stable")
-    marked = good[good["outside"] | good["unlike"]]
+    marked = good[good["outside"] | (good["unlike"] != "")]
     others, found = good.drop(marked.index), len(marked)
     room = min(max(THUMBNAILS - len(marked), THUMBNAILS // 2), len(others))
     marked, others = spread(marked, THUMBNAILS - room), spread(others, room)
@@ -210,28 +207,27 @@ def draw_sheet(table, checkpoint, args):
     axes = figure.subplots(rows, THUMBNAILS_A_ROW, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    numbers = shown[["predicted", "low", "high", "measured"]].replace(math.inf, np.nan)
-    most = numbers.max(axis=None)
+    most = shown[["predicted", "low", "high", "measured"]].replace(math.inf, np.nan).max(axis=None)
     for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
         axis.imshow(reading.open_photo(row["_path"]).resize((108, 108)))
-        mark = ", unlike" * row["unlike"] + ", outside" * row["outside"]
+        mark = ", unlike" * bool(row["unlike"]) + ", outside" * row["outside"]
         text, colour = f"{row['filename'][-18:]}\n{row['predicted']:.3f}{unit}{mark}", MARKED if mark else "black"
         axis.set_title(writing.plain(text), fontsize=9, color=colour, pad=3)
-        draw_bar(axis, row / most)
-    bar = f"dot: predicted, bar: its interval, cross: measured, on 0 to {most:.3g}{unit}"
-    first = f"; first {len(marked):,} of {found:,} unlike training photos or outside" if found else ""
-    number = f"{len(shown):,} of {len(good):,} photos{first}"
-    figure.suptitle(f"{writing.plain(checkpoint.target)}, {number}\n{bar}", fontsize=11)
+        draw_bar(axis, row, most)
+    first = f", first {len(marked):,} of {found:,} unlike training photos or outside their interval" if found else ""
+    bar = f"dot: predicted, bar: its interval, cross: measured, from 0 to {most:.3g}{unit}"
+    title = f"{writing.plain(checkpoint.target)}: {len(shown):,} of {len(good):,} photos{first}\n{bar}"
+    figure.suptitle(title, fontsize=11)
     writing.save_figure(figure, args.sheet, dpi=90, colours=256)
 
 
-def draw_bar(axis, row):
-    """Below a thumbnail, whose width is 1: the interval as a bar, with what was predicted and measured."""
-    place = {"transform": axis.transAxes, "clip_on": False}
-    axis.plot([0, 1], [-0.07, -0.07], color="lightgrey", linewidth=1, **place)
-    axis.plot([max(row["low"], 0), min(row["high"], 1)], [-0.07, -0.07], color="#56B4E9", linewidth=4, **place)
-    axis.plot(row["predicted"], -0.07, "o", color="black", markersize=4, **place)
-    axis.plot(row["measured"], -0.07, "x", color=MARKED, markersize=5, markeredgewidth=1.5, **place)
+def draw_bar(axis, row, most):
+    """Below a thumbnail, as wide as the largest weight: what was predicted, its interval, and what was measured."""
+    parts = [([0, most], "-", "lightgrey", 1), (row[["low", "high"]].clip(0, most), "-", "#56B4E9", 4)]
+    parts += [([row["predicted"]], "o", "black", 1), ([row["measured"]], "x", MARKED, 1)]
+    for values, form, colour, width in parts:
+        style = {"color": colour, "linewidth": width, "markersize": 4, "transform": axis.transAxes, "clip_on": False}
+        axis.plot(np.array(values, float) / most, [-0.07] * len(values), form, **style)
 
 
 def explain(table, checkpoint, batches, args):
@@ -295,9 +291,8 @@ def export(checkpoint, path):
             torch.onnx.export(grams, tuple(inputs.values()), str(partial), dynamic_shapes=dims, **names,
                               external_data=False, dynamo=True, verbose=False)  # fmt: skip
         except torch.onnx.OnnxExporterError as error:  # old releases cannot write how a photo is resized
-            text = f"--export: {reading.one_line(error)[:80]}"
-            more = "newer packages may: pip install -U torch torchvision onnxscript"
-            raise UserError(f"{text}; {more}") from error
+            newer = "newer packages may: pip install -U torch torchvision onnxscript"
+            raise UserError(f"--export: {reading.one_line(error)[:80]}; {newer}") from error
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         answer = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
         if not np.allclose(answer, wanted := grams(*inputs.values()).numpy(), rtol=1e-3, atol=1e-4):
@@ -322,10 +317,8 @@ def build_parser():
     add("--cache_dir", type=Path, default=".feature_cache", help="keeps features for later runs; none: for this one")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, default="predictions.csv", help="table")
-    add(
-        "--coverage", type=writing.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval"
-    )
-    scale = writing.number(float, 0, ends=False)
+    share, scale = writing.number(float, 0, 1, ends=False), writing.number(float, 0, ends=False)
+    add("--coverage", type=share, default=0.9, help="share of the weights in the interval")
     add("--mm_per_pixel", type=scale, help="scale of the photos: traits in mm, else in pixels")
     add("--sheet", type=Path, metavar="PNG", help="picture of the photos with their predictions")
     add("--explain", type=Path, metavar="PNG", help="picture of where the model looks, on a dozen of the photos")
@@ -340,8 +333,7 @@ def check_arguments(args):
         if picture.suffix.lower() != ".png":
             raise UserError(f"{picture}: a picture's name must end in .png")
     if args.image_dir and not args.labels_path:
-        text = "--image_dir is the folder of a sheet's photos"
-        raise UserError(f"{text}: pass --labels_path too, or the folder alone")
+        raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
     if (args.group_by or args.time_column) and not args.labels_path:
         raise UserError("--group_by and --time_column name columns of a sheet: pass --labels_path with it")
     args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
