@@ -76,9 +76,9 @@ def error_told(table, value, args):
 
 def fit_line(days):
     """The least-squares line of ln weight on days: slope, squares that are left, and their degrees of freedom."""
-    logs, days = np.log(days["weight"]), days["time"]
-    line = stats.linregress(days, logs)
-    return line.slope, float(((logs - line.intercept - line.slope * days) ** 2).sum()), len(days) - 2
+    times, logs = days["time"].to_numpy(), np.log(days["weight"].to_numpy())
+    line = stats.linregress(times, logs)
+    return line.slope, ((logs - line.intercept - line.slope * times) ** 2).sum(), len(times) - 2
 
 
 def pool_scatter(fits):

@@ -138,7 +138,7 @@ def why_unlike(ranges, measured):
         for name, value, low, high in zip(plant.SCENE, scene, *ranges, strict=True):
             what, form, *sides = REASONS[name]
             if not low <= value <= high:
-                found.append(f"{sides[value > high]} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
+                found.append(f"{sides[int(value > high)]} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
         reasons.append(", ".join(found) or "another scene")
     return reasons
 
