@@ -317,7 +317,7 @@ def judge_curve(squares, plants, green, table, args):
     if len(sizes) < 3:
         least = math.ceil(FEWEST / SHARES[-2] * args.folds / (args.folds - 1))
         few = f"{groups.nunique()} {reading.group_name(args.group_by)}s"
-        return found | {"sentence": f"how the error falls with more plants cannot be told from {few}: it takes {least}"}
+        return found | {"sentence": f"how the error falls with more plants cannot be told from {few}, it takes {least}"}
 
     def ln_of_twice(sums):
         return np.log(np.apply_along_axis(lambda rmse: forecast(sizes, rmse, 2 * sizes[-1]), -1, rmse_of(sums)))
@@ -385,7 +385,7 @@ def draw_curve(squares, found, metrics, args):
             axis.axhline(level, color=colour, linestyle=style, linewidth=1.2, label=label)
     named = writing.plain(reading.group_name(args.group_by))
     axis.set(xscale="log", ylim=(0, None), ylabel=f"RMSE of {writing.plain(args.target)}{unit}")
-    axis.set_xlabel(f"{named}s weighed, n; each point: the same {len(squares):,} held-out photos")
+    axis.set_xlabel(f"{named}s weighed, n; each point by the same {len(squares):,} photos")
     ticks = [*sizes, 2 * sizes[-1]] if "a" in found else sizes
     axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axis.minorticks_off()

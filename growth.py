@@ -41,8 +41,7 @@ def choose_columns(names, args):
         args.plant = [name for name in kept if name not in ("filename", "fold", args.time)] if args.value else []
     args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])])) or [None]
     for flag, columns in (("value", [args.value]), ("time", [args.time]), ("plant or --compare", args.plant)):
-        lost = [name for name in columns if name not in names]
-        if lost:
+        if lost := [name for name in columns if name not in names]:
             fault = f"no column '{lost[0]}'" if lost[0] else f"no column that tells the {flag[:5]} by its name"
             raise UserError(f"{args.table} has {fault}: name one by --{flag}, of {', '.join(names[:20])}")
     args.unit = args.value.partition("_")[2] if args.value.startswith("predicted") else reading.unit_of(args.value)
@@ -66,7 +65,7 @@ def gather(table, args):
 def error_told(table, value, args):
     """One standard deviation of each weight's error, as its share, by low and high; 0 where the table lacks them."""
     ends = [next((name for name in table if name.startswith(end)), None) for end in ("low", "high")]
-    of_others = not args.value.startswith("predicted") and any(name.startswith("predicted") for name in table)
+    of_others = any(name.startswith("predicted") and not args.value.startswith("predicted") for name in table)
     if None in ends or of_others or table[ends].isna().all(axis=None):
         logger.info(f"no low and high of {args.value}: intervals of growth lack errors that photos of a plant share")
         return 0.0
@@ -98,8 +97,7 @@ def error_of(contrast, days, slope, variance):
     """Standard error of a weighted sum of ln weights of a plant's days.
 
     Days scatter independently, with `variance`. The model's errors have the size that low and high tell, and the
-    correlation of a Gaussian process, exp(-d^2 / 2 FORGETS^2), between days on which ln weight differs by d: as much
-    as drawn pots need (tests/experiments/growth.py).
+    correlation exp(-d^2 / 2 FORGETS^2) between days on which ln weight differs by d (tests/experiments/growth.py).
     """
     time, weighted = days["time"].to_numpy(), contrast * days["error"].to_numpy()
     alike = np.exp(-((slope * (time[:, None] - time) / FORGETS) ** 2) / 2)
@@ -177,12 +175,13 @@ def draw_growth(days, plants, drawn, args):
     figure, start = writing.new_figure(None, (5, 4.2), drawn), days["day"].min() if args.dates else 0
     days = days.merge(plants[[*args.plant, "note"]]).assign(name=days[args.plant].agg(" ".join, axis=1))
     days[["time", "day"]] -= start
-    look = {"y": "weight", "ax": figure.subplots(), "color": OTHERS}
-    if args.compare:
-        counts = plants[args.compare].value_counts()
-        days["group"] = days[args.compare].map(lambda name: f"{writing.plain(name)}, n = {counts[name]}")
-        palette = (COLOURS * len(counts))[: len(counts)]
-        look |= {"hue": "group", "hue_order": sorted(days["group"].unique()), "palette": palette, "color": None}
+    counts = plants[args.compare].value_counts() if args.compare else {}
+    days["group"] = (
+        [f"{writing.plain(name)}, n = {counts[name]}" for name in days[args.compare]] if args.compare else ""
+    )
+    groups = sorted(days["group"].unique())
+    palette = (COLOURS * len(groups))[: len(groups)] if args.compare else [OTHERS]
+    look = {"y": "weight", "hue": "group", "hue_order": groups, "palette": palette, "ax": figure.subplots()}
     axis = seaborn.lineplot(days, x="time", units="name", estimator=None, lw=0.5, alpha=0.5, legend=False, **look)
     if args.compare:
         shared = days.groupby(["group", "day"]).filter(lambda plants: len(plants) > 2)
@@ -192,9 +191,9 @@ def draw_growth(days, plants, drawn, args):
     for name, own in odd[:NAMED]:
         axis.plot(own["time"], own["weight"], color=ODD, lw=1.2)
         axis.annotate(writing.plain(name), own[["time", "weight"]].iloc[-1], color=ODD, fontsize=7)
-    unit, value = f" ({args.unit})" if args.unit else "", args.value.removesuffix(f"_{args.unit}")
+    label = f"{args.value.removesuffix(f'_{args.unit}')} ({args.unit}), log scale".replace(" ()", "")
     xlabel = f"days since {pd.to_datetime(start, unit='D'):%Y-%m-%d}" if args.dates else f"{args.time} (days)"
-    axis.set(yscale="log", ylabel=f"{writing.plain(value)}{unit}, log scale", xlabel=xlabel)
+    axis.set(yscale="log", ylabel=writing.plain(label), xlabel=xlabel)
     axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("")
@@ -210,8 +209,8 @@ def log_growth(plants, pool, args):
     for plant in plants[plants["note"] != ""].to_dict("records"):
         logger.info(f"{' '.join(plant[name] for name in args.plant)}: {plant['note']}")
     if (factor := math.exp(math.sqrt(pool[0]))) > 1.5:
-        text = f"warning: days lie off their plant's line by a factor of {factor:.2f}, as of harvested plants"
-        logger.info(f"{text}, or of several with one name: --plant takes all columns that tell them apart")
+        text = "as of harvested plants, or of several with one name: --plant tells what a plant is"
+        logger.info(f"warning: days lie off their plant's line by a factor of {factor:.2f}, {text}")
 
 
 def build_parser():
@@ -236,14 +235,14 @@ def tell_growth(argv, started):
     days = gather(table, args)
     lines = dict(list(days.groupby(args.plant, sort=False)))
     if all(len(own) < 2 for own in lines.values()):
-        fault = f"{args.table}: none of {len(lines):,} plants (by {' '.join(args.plant)}) has photos of two days"
-        raise UserError(f"{fault}, as growth needs: --plant names the columns that tell plants apart")
+        named = f"none of {len(lines):,} plants (by {' '.join(args.plant)}) has photos of two days, as growth needs"
+        raise UserError(f"{args.table}: {named}; --plant tells what a plant is")
     pool = pool_scatter([fit_line(own) for own in lines.values() if len(own) > 2])
     rows = [dict(zip(args.plant, plant, strict=True)) | judge_plant(own, pool, args) for plant, own in lines.items()]
-    log_growth(plants := pd.DataFrame(rows), pool, args)
+    plants = pd.DataFrame(rows).rename(columns={"gain": f"gain_a_day_{args.unit}".rstrip("_")})
+    log_growth(plants, pool, args)
     with writing.whole_file(args.out) as partial:
-        gain = {"gain": f"gain_a_day_{args.unit}".rstrip("_")}
-        plants.rename(columns=gain).to_csv(partial, index=False, float_format="%.6g")
+        plants.to_csv(partial, index=False, float_format="%.6g")
     draw_growth(days, plants, "drawn_data" in table, args)
     return 0
 

@@ -225,9 +225,9 @@ def draw_bar(axis, row, most):
     """Below a thumbnail, as wide as the largest weight: what was predicted, its interval, and what was measured."""
     parts = [([0, most], "-", "lightgrey", 1), (row[["low", "high"]].clip(0, most), "-", "#56B4E9", 4)]
     parts += [([row["predicted"]], "o", "black", 1), ([row["measured"]], "x", MARKED, 1)]
+    style = {"markersize": 4, "transform": axis.transAxes, "clip_on": False}
     for values, form, colour, width in parts:
-        style = {"color": colour, "linewidth": width, "markersize": 4, "transform": axis.transAxes, "clip_on": False}
-        axis.plot(np.array(values, float) / most, [-0.07] * len(values), form, **style)
+        axis.plot(np.array(values, float) / most, [-0.07] * len(values), form, color=colour, linewidth=width, **style)
 
 
 def explain(table, checkpoint, batches, args):
