@@ -25,9 +25,8 @@ FORGETS = 1.9  # in ln weight: how far a plant grows until a model's error on it
 SHARED = 8  # days that the scatter of all plants counts beside a plant's own
 ODD_DAY, ODD_PLANT = 0.03, 0.001  # chance that a plant without fault is noted, by a day and by its scatter
 FACTOR = 2  # between photos of a day, or scatters of plants, from which on they are hardly of one plant
-NAMED = 12  # odd plants with their name in the picture
+NAMED, ODD = 12, "#D55E00"  # odd plants with their name in the picture, and their colour
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000"]  # of Okabe and Ito, told apart by all
-ODD, OTHERS = "#D55E00", "#777777"
 
 logger = logging.getLogger("biomass")
 
@@ -36,9 +35,8 @@ def choose_columns(names, args):
     """Fill in the columns that no flag names, as predict.py and cross_validate.py write them."""
     args.value = args.value or next((name for name in names if name.startswith("predicted")), None)
     args.time = args.time or reading.time_column(None, names)
-    if not args.plant:  # what the two keep between filename and the weights
-        kept = itertools.takewhile(lambda name: not name.startswith(("predicted", "measured")), names)
-        args.plant = [name for name in kept if name not in ("filename", "fold", args.time)] if args.value else []
+    kept = itertools.takewhile(lambda name: not name.startswith(("predicted", "measured")), names)  # before weights
+    args.plant = args.plant or [name for name in kept if name not in ("filename", "fold", args.time)]
     args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])])) or [None]
     for flag, columns in (("value", [args.value]), ("time", [args.time]), ("plant or --compare", args.plant)):
         if lost := [name for name in columns if name not in names]:
@@ -94,10 +92,10 @@ def scatter_of(squares, freedom, pool):
 
 
 def error_of(contrast, days, slope, variance):
-    """Standard error of a weighted sum of ln weights of a plant's days.
+    """Standard error of a weighted sum of ln weights of a plant's days, which scatter independently, with `variance`.
 
-    Days scatter independently, with `variance`. The model's errors have the size that low and high tell, and the
-    correlation exp(-d^2 / 2 FORGETS^2) between days on which ln weight differs by d (tests/experiments/growth.py).
+    The model's errors have the size that low and high tell, and correlate by exp(-d^2 / 2 FORGETS^2) between days on
+    which ln weight differs by d; FORGETS is what drawn pots need (tests/experiments/growth.py).
     """
     time, weighted = days["time"].to_numpy(), contrast * days["error"].to_numpy()
     alike = np.exp(-((slope * (time[:, None] - time) / FORGETS) ** 2) / 2)
@@ -164,7 +162,6 @@ def compare(plants, column):
 
 
 def mean_interval(weights):
-    """Ends of the 95 % interval of a geometric mean, by Student's t."""
     logs = np.log(weights)
     return np.exp(stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
 
@@ -180,7 +177,7 @@ def draw_growth(days, plants, drawn, args):
         [f"{writing.plain(name)}, n = {counts[name]}" for name in days[args.compare]] if args.compare else ""
     )
     groups = sorted(days["group"].unique())
-    palette = (COLOURS * len(groups))[: len(groups)] if args.compare else [OTHERS]
+    palette = (COLOURS * len(groups))[: len(groups)] if args.compare else ["#777777"]
     look = {"y": "weight", "hue": "group", "hue_order": groups, "palette": palette, "ax": figure.subplots()}
     axis = seaborn.lineplot(days, x="time", units="name", estimator=None, lw=0.5, alpha=0.5, legend=False, **look)
     if args.compare:
@@ -202,8 +199,7 @@ def draw_growth(days, plants, drawn, args):
 
 
 def log_growth(plants, pool, args):
-    rate = f"growth rate {plants['growth_rate'].median():.4f} a day in the middle plant"
-    logger.info(f"{len(plants):,} plants, {plants['photos'].sum():,} photos: {rate}")
+    logger.info(f"{len(plants):,} plants: growth rate {plants['growth_rate'].median():.4f} a day in the middle plant")
     for line in compare(plants, args.compare) if args.compare else ():
         logger.info(line)
     for plant in plants[plants["note"] != ""].to_dict("records"):
@@ -235,8 +231,7 @@ def tell_growth(argv, started):
     days = gather(table, args)
     lines = dict(list(days.groupby(args.plant, sort=False)))
     if all(len(own) < 2 for own in lines.values()):
-        named = f"none of {len(lines):,} plants (by {' '.join(args.plant)}) has photos of two days, as growth needs"
-        raise UserError(f"{args.table}: {named}; --plant tells what a plant is")
+        raise UserError(f"{args.table}: no plant (by --plant {' '.join(args.plant)}) has photos of two days")
     pool = pool_scatter([fit_line(own) for own in lines.values() if len(own) > 2])
     rows = [dict(zip(args.plant, plant, strict=True)) | judge_plant(own, pool, args) for plant, own in lines.items()]
     plants = pd.DataFrame(rows).rename(columns={"gain": f"gain_a_day_{args.unit}".rstrip("_")})

@@ -37,7 +37,7 @@ REASONS = {  # of what is measured of a scene, its name, its format, and what ph
     "scene_lightness": ("lightness", ".0f", "darker", "lighter"),
     "scene_green_red": ("green to red", ".0f", "other colour, greener", "other colour, redder"),
     "scene_blue_yellow": ("blue to yellow", ".0f", "other colour, bluer", "other colour, yellower"),
-    "fineness": ("fineness", ".2f", "blurred or closer", "sharper or from farther"),
+    "fineness": ("fineness", ".2f", "other scale or blurred, coarser", "other scale, finer"),
 }
 
 logger = logging.getLogger("biomass")
@@ -261,11 +261,6 @@ class Grams(torch.nn.Module):
         return self.model.predict(self.versions(images.round().clamp(0, 255)), *beside)
 
 
-def check_export():
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
-
-
 def export(checkpoint, path):
     """Write the model as ONNX, once onnxruntime gives the same predictions as PyTorch; its inputs are those of Grams.
 
@@ -340,8 +335,8 @@ def check_arguments(args):
     for folder in [*args.photos, args.image_dir]:
         outputs = filter(None, (args.out, args.sheet, args.explain, args.export))
         writing.check_writable(outputs, [args.model, args.labels_path, *args.photos], folder)
-    if args.export:
-        check_export()
+    if args.export and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
 
 
 def predict(argv, started):

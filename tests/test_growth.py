@@ -184,7 +184,10 @@ MISTAKES = {
     "p.csv": (grow().drop(columns="timestamp"), "has no column that tells the time by its name: name one by --time"),
     "p.csv ": (grow().drop(columns="plant_number"), "has no column that tells the plant by its name"),
     "p.csv --value": (grow().rename(columns={"predicted_g": "x"}), "has no column that tells the value by its name"),
-    "p.csv  ": (grow().drop_duplicates("plant_number"), "none of 12 plants (by plant_number) has photos of two days"),
+    "p.csv  ": (
+        grow().drop_duplicates("plant_number"),
+        "no plant (by --plant plant_number) has photos of two days",
+    ),
     "p.csv   ": (grow().replace("2024-05-02", "02/05/2024"), "row 3: timestamp '02/05/2024' can be read in no way"),
     "p.csv    ": (grow().assign(timestamp=20240502), "holds neither Unix seconds nor days; write dates as 2024-05-03"),
 }
