@@ -54,7 +54,7 @@ def gather(table, args):
     for fault, bad in ((f"without one of {named}", unknown), (f"with {args.value} not above 0", value <= 0)):
         if bad.any():
             logger.info(f"dropped {bad.sum():,} rows {fault}, row {bad.idxmax() + 2} first")
-    rows = rows[~unknown & (value > 0)].sort_values([*args.plant, "time"])
+    rows = rows[~unknown & (value > 0)].sort_values("time", kind="stable")
     by_day = rows.groupby([*args.plant, np.floor(rows["time"]).rename("day")], sort=False)
     ends = by_day["weight"].agg(photos="size", least="min", most="max")
     return by_day[["time", "weight", "error"]].mean().join(ends).reset_index()
