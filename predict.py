@@ -101,7 +101,8 @@ def rows_of_sheet(args, checkpoint, columns):
     target, time = checkpoint.target, filter(None, [args.time_column])
     sheet = reading.read_sheet(args.labels_path, dict.fromkeys([*columns, *time, *(args.group_by or [])]))
     groups = args.group_by or [name for name in checkpoint.group_by if name in sheet]
-    args.kept = [*dict.fromkeys([*groups, *filter(None, [reading.time_column(args.time_column, sheet)])])]
+    kept = [*groups, reading.time_column(args.time_column, sheet)]
+    args.kept = [name for name in dict.fromkeys(kept) if name not in ("filename", None)]
     named = sheet.dropna(subset="filename").reset_index(drop=True)
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:

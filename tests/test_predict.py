@@ -144,8 +144,9 @@ def test_the_note_says_in_what_a_photo_is_unlike(drawn, judged, clean, tmp_path)
     for name, one in changed.items():
         one.save(photos / f"{name}.png")
     note = weigh(tmp_path / "strict.pt", tmp_path / "p.csv", photos)[1]["note"]
-    for name, words in {name: name for name in changed} | {"dark": "darker (lightness", "bright": "lighter"}.items():
-        assert words in note[f"{name}.png"], note.to_dict()
+    words = dict(zip(changed, changed, strict=True)) | {"dark": "darker (lightness", "bright": "lighter"}
+    for name in changed:
+        assert words[name] in note[f"{name}.png"], note.to_dict()
     assert note["another scene.png"] == f"{predict.UNLIKE}: another scene"
 
 
