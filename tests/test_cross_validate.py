@@ -73,7 +73,7 @@ def test_the_table_keeps_plant_and_time_and_an_interval_from_the_errors_of_other
 
 
 def test_a_learning_curve_trains_on_nested_parts_and_ends_at_the_folds_own_error(drawn, tmp_path, monkeypatch):
-    for name, value in {"FEWEST": 3, "SHARES": (1 / 4, 1 / 2), "DRAWS": 2}.items():
+    for name, value in {"FEWEST": 2, "SHARES": (1 / 4, 1 / 2), "DRAWS": 2}.items():
         monkeypatch.setattr(cross_validate, name, value)
     flags = ["--learning_curve", "--folds", 2, "--no_erasing", "--epochs", 1, "--augmentation", "none"]
     plants = ["--group_by", "experiment_id", "plant_number"]

@@ -148,7 +148,7 @@ def judge_pigs(args, folder):
 
 def draw(tables, path):
     """Growth rates by growth.py against the true ones, with their 95 % intervals."""
-    figure = writing.new_figure(None, (8, 4), drawn=True)
+    figure = writing.new_figure(None, (6.5, 3.4))
     for axis, (name, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         low, high = table["growth_rate"] - table["growth_rate_low"], table["growth_rate_high"] - table["growth_rate"]
         style = {"fmt": "o", "markersize": 3, "linewidth": 0.8, "color": "#0072B2", "label": "95 % interval"}
@@ -171,9 +171,9 @@ def main():
     result = {"commit": tm.git("rev-parse", "HEAD")}
     with tempfile.TemporaryDirectory() as pots, tempfile.TemporaryDirectory() as pigs:
         result["drawn"], table = judge_pots(args, Path(pots))
-        tables = {"drawn pots": table}
+        tables = {"drawn pots, not measured": table}
         if args.real:
-            result["pigs"], tables["real pigs, against scales"] = judge_pigs(args, Path(pigs))
+            result["pigs"], tables["real pigs, by scales"] = judge_pigs(args, Path(pigs))
     draw(tables, args.out / "growth.png")
     (args.out / "growth.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
