@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import math
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,13 +124,14 @@ def weigh_rows(rows, checkpoint, batches):
     good, model = np.flatnonzero(rows["_fault"] == ""), checkpoint.model
     predicted, unlike = np.full(len(rows), np.nan), np.full(len(rows), "", object)
     if len(good):
-        each = np.arange(len(good))
+        each, begun = np.arange(len(good)), time.perf_counter()
         batches.collect(each[:0], each)
         predicted[good] = tm.evaluate(model, batches.judge(each), batches)[0]
         if checkpoint.familiar:
             distances = writing.unlikeness(checkpoint.familiar, batches.features(model, each))
             reasons = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
             unlike[good] = np.where(distances > checkpoint.familiar["limit"], reasons, "")
+        logger.info(f"a photo took {1000 * (time.perf_counter() - begun) / len(good):.0f} ms")
     return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
 
 

@@ -29,13 +29,14 @@ logger = logging.getLogger("biomass")
 
 
 def scores(table):
-    """Errors of the predictions in `table`, in the unit of the target (squared for mse)."""
+    """Errors of the predictions in `table`, in the unit of the target (squared for mse) or percent of its value."""
     from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
     both = table["measured"], table["predicted"]
     numbers = {"val_mse": mean_squared_error(*both), "val_rmse": math.sqrt(mean_squared_error(*both))}
     numbers |= {"val_mae": mean_absolute_error(*both), "val_r2": r2_score(*both) if len(table) > 1 else None}
-    return numbers | {"val_bias": float(table["error"].mean())}
+    shares = (100 * table["error"] / table["measured"]).abs().where(table["measured"] != 0)
+    return numbers | {"val_bias": float(table["error"].mean()), "val_median_error_percent": float(shares.median())}
 
 
 def group_interval(statistic, sums, back):
@@ -171,6 +172,7 @@ def log_result(metrics, args):
     model = "final model of epoch" if "folds" in metrics else "epoch"
     text += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
     text += f", R2 {metrics['val_r2']:.3f}" if metrics["val_r2"] is not None else ""
+    text += f", median error {metrics['val_median_error_percent']:.0f} % of the weight"
     text += f", {model} {metrics['epoch']}; the training mean gives {metrics['baseline_mean_rmse']:.4f} {unit}".rstrip()
     if "noise_floor_rmse" in metrics:
         text += f"; no model of these drawn photos can be below {metrics['noise_floor_rmse']:.4f} {unit}"

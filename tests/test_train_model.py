@@ -88,6 +88,8 @@ def test_the_script_with_its_folder_runs_the_study_and_writes_all_outputs(drawn,
     assert metrics["val_mse"] == pytest.approx(metrics["val_rmse"] ** 2)
     assert metrics["val_mae"] == pytest.approx(mean_absolute_error(measured, predicted), rel=1e-6)
     assert metrics["val_r2"] == pytest.approx(r2_score(measured, predicted), rel=1e-6)
+    percent = 100 * (predicted - measured).abs() / measured
+    assert metrics["val_median_error_percent"] == pytest.approx(percent.median(), rel=1e-6)
     assert metrics["val_bias"] == pytest.approx((predicted - measured).mean(), rel=1e-5)
     assert metrics["val_rmse_ci95"][0] < metrics["val_rmse"] < metrics["val_rmse_ci95"][1]
     assert metrics["epoch_chosen_on"] == "validation"
