@@ -150,7 +150,8 @@ def write_report(table, history, metrics, args, third_panel=None):
     write_json(metrics, args.metrics_path)
     with whole_file(args.results_dir / "history.csv") as partial:
         history.to_csv(partial, index=False)
-    drawn = {"drawn_data": True} if reading.is_drawn(args.labels_path) else {}
+    of_folds = "low" in table  # which growth.py reads
+    drawn = {"drawn_data": True} if of_folds and reading.is_drawn(args.labels_path) else {}
     with whole_file(args.results_dir / "predictions.csv") as partial:
         written = table.rename(columns=in_unit)[list(columns)].assign(**drawn)
         written.to_csv(partial, index=False, float_format="%.9g")
