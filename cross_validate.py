@@ -3,6 +3,7 @@
     python cross_validate.py                                                  the study's recipe, five folds by plant
     python cross_validate.py --data_dir sample_data --model_name tf_efficientnet_lite0
     python cross_validate.py --group_by experiment_id --folds 9               how good in an experiment never seen?
+    python cross_validate.py --learning_curve                                 how many plants must be weighed?
     python cross_validate.py --resume                                         go on with the folds that are left
 
 Takes the flags of train_model.py and --folds. Writes the same files, pooled over all held-out rows, into
@@ -14,10 +15,12 @@ import functools
 import logging
 import math
 import sys
+import textwrap
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import train_model as tm
 from biomass import features, plant, reading, writing
@@ -26,7 +29,10 @@ from biomass.reading import UserError
 SHOWN = 12  # photos with a heat map
 COMPONENTS = 31  # of the training features; what lies outside them counts too
 FAMILIAR_SHARE = 0.99  # of held-out photos that count as like the training photos
+SCENE_SHARE = 0.99  # of training photos whose lightness, colour and scale are told where a photo is unlike them
+COVERAGE = 0.9  # of the intervals in predictions.csv, as predict.py gives them
 MOST_ERASED = 500  # photos that are also predicted erased; so many tell r well enough
+SHARES, DRAWS, FEWEST = (1 / 16, 1 / 8, 1 / 4, 1 / 2), 3, 10  # of the training plants on a learning curve; plants
 LEAST_PLANT, MOST_PLANT = 0.0005, 0.7  # of the frame, in the median photo, between which it can be the plant
 ERASED = {"plant erased": plant.erase_plant, "background erased": plant.erase_background}
 
@@ -55,17 +61,8 @@ def judge_fold(run, args, split, name):
 
     With --patience the epoch is chosen on a part of the training plants that is kept aside.
     """
-    batches, (learn, held_out) = run.batches, split
-    watch, epochs = held_out, args.epochs
-    if args.patience:
-        kept, aside = tm.split_by_plant(run.labels.iloc[learn], args)
-        learn, watch, epochs = learn[kept], learn[aside], None
-    model = tm.new_model(batches, run.backbone, learn)
-    outcome = tm.fit(model, batches, (learn, watch), run.progress, name, epochs)
-    if "interrupted" in outcome:  # after fewer epochs than the others
-        raise KeyboardInterrupt
-    result = {"history": outcome["history"], "epoch": outcome["epoch"]}
-    result["predicted"] = tm.evaluate(model, batches.judge(held_out), batches)[0]
+    batches, held_out = run.batches, split[1]
+    model, learn, result = train_fold(run, args, split, name)
     erased = np.intersect1d(held_out, rows_to_erase(run, args))
     for what, edit in ERASED.items() if len(erased) else ():
         result[what] = tm.evaluate(model, batches.judge(erased, edit), batches)[0]
@@ -81,6 +78,21 @@ def judge_fold(run, args, split, name):
     return result
 
 
+def train_fold(run, args, split, name):
+    """The model, the rows that it has learned from, and its history, epoch and predictions of the held-out rows."""
+    batches, (learn, held_out) = run.batches, split
+    watch, epochs = held_out, args.epochs
+    if args.patience:
+        kept, aside = tm.split_by_plant(run.labels.iloc[learn], args)
+        learn, watch, epochs = learn[kept], learn[aside], None
+    model = tm.new_model(batches, run.backbone, learn)
+    outcome = tm.fit(model, batches, (learn, watch), run.progress, name, epochs)
+    if "interrupted" in outcome:  # after fewer epochs than the others
+        raise KeyboardInterrupt
+    result = {"history": outcome["history"], "epoch": outcome["epoch"]}
+    return model, learn, result | {"predicted": tm.evaluate(model, batches.judge(held_out), batches)[0]}
+
+
 def train_on_all(run, args, table, results):
     """Train the model that is saved on all rows, and give it what the folds taught; with --patience how long, too."""
     rows, name = np.arange(len(run.labels)), "final model  "
@@ -90,6 +102,8 @@ def train_on_all(run, args, table, results):
     familiar = describe_features(run.batches.features(model, rows))
     held_out = np.concatenate([result["unlikeness"].numpy() for result in results])
     familiar["limit"] = float(np.quantile(held_out, FAMILIAR_SHARE))
+    scenes = run.batches.measured(some_rows(run, args))[:, [plant.MEASURED.index(name) for name in plant.SCENE]]
+    familiar["scene"] = np.quantile(scenes, [(1 - SCENE_SHARE) / 2, (1 + SCENE_SHARE) / 2], axis=0)
     if run.accelerator.is_main_process:
         familiar = {name: torch.as_tensor(value) for name, value in familiar.items()}
         tm.save_checkpoint(model, args, outcome["epoch"], calibrate(table, run.labels, args), familiar)
@@ -147,10 +161,13 @@ def describe_features(found):
 # ---------------------------------------------------------------- does it look at the plant?
 
 
+def some_rows(run, args):
+    """At most MOST_ERASED rows, by chance: they are predicted with their plant erased, and all but their plant."""
+    return np.sort(np.random.default_rng(args.seed).permutation(len(run.labels))[:MOST_ERASED])
+
+
 def rows_to_erase(run, args):
-    """The rows that are predicted with their plant erased, and all but their plant: at most MOST_ERASED, by chance."""
-    count = 0 if args.no_erasing else min(MOST_ERASED, len(run.labels))
-    return np.sort(np.random.default_rng(args.seed).permutation(len(run.labels))[:count])
+    return some_rows(run, args)[: 0 if args.no_erasing else None]
 
 
 def judge_erased(table, shares):
@@ -221,6 +238,176 @@ def draw_where_it_looks(run, heats, table, args):
     writing.draw_heat(items, args.results_dir / "where_it_looks.png", unit, args.labels_path)
 
 
+# ---------------------------------------------------------------- how many plants must be weighed?
+
+
+def parts_of_folds(labels, splits, args):
+    """Splits by share of the training plants, draw and fold's name: the larger shares of a draw hold the smaller."""
+    plants, parts = labels["_plant"].to_numpy(), {}
+    least = min(len(np.unique(plants[learn])) for learn, _ in splits.values())
+    for number, (name, (learn, held_out)) in enumerate(splits.items()):
+        for draw in range(1, DRAWS + 1):
+            order = np.random.default_rng([args.seed, number, draw]).permutation(np.unique(plants[learn]))
+            for share in SHARES:
+                drawn = learn[np.isin(plants[learn], order[: round(share * len(order))])]
+                if round(share * least) >= FEWEST:
+                    parts[share, draw, name] = drawn, held_out
+    return parts
+
+
+def learn_from_parts(run, args, splits, table):
+    """Squared errors of the held-out rows by share and draw, and the plants that a model of the share learned from."""
+    parts, done = parts_of_folds(run.labels, splits, args), run.progress.results
+    squares = {(1.0, draw): table["error"] ** 2 for draw in range(1, DRAWS + 1)}
+    plants = {1.0: np.mean([tm.plants_of(run.labels, learn) for learn, _ in splits.values()])}
+    for (share, draw, name), split in tqdm(parts.items(), desc="learning curve", unit="model", disable=None):
+        part = f"{name.strip()}, share {share:g}, draw {draw}  "
+        if part not in done:
+            logger.setLevel(logging.WARNING)  # of sixty models the epochs are not told
+            try:
+                run.progress.finish(part, train_fold(run, args, split, part)[2])
+            finally:
+                logger.setLevel(logging.INFO if run.accelerator.is_main_process else logging.ERROR)
+        errors = pd.Series(done[part]["predicted"].numpy(), split[1]) - table["measured"].loc[split[1]]
+        squares.setdefault((share, draw), pd.Series(np.nan, table.index)).update(errors**2)
+        plants[share] = np.mean([tm.plants_of(run.labels, parts[key][0]) for key in parts if key[0] == share])
+    return pd.DataFrame(squares).sort_index(axis=1), dict(sorted(plants.items()))
+
+
+def power_law(plants, a, b, c):
+    return a + b * plants**-c
+
+
+def fit_power_law(plants, rmse):
+    """a, b and c of the RMSE a + b n^-c after n plants, a and b not below 0, c from 0 to 1: least relative squares."""
+    from scipy.optimize import least_squares
+
+    scaled, last = plants / plants[-1], rmse[-1]
+    bounds = [0, 0, 0], [np.inf, np.inf, 1]
+    a, b, c = least_squares(lambda law: power_law(scaled, *law) / rmse - 1, [last / 2, last / 2, 0.5], bounds=bounds).x
+    return a, b * plants[-1] ** c, c
+
+
+def forecast(plants, rmse, wanted):
+    return power_law(wanted, *fit_power_law(plants, rmse))
+
+
+def green_area_rmse(run, splits, args):
+    """RMSE of the law of green area on the same folds; None where it cannot be: photos without green, weights of 0."""
+    areas = run.batches.measured(np.arange(len(run.labels)))[:, plant.MEASURED.index("share")].astype(float)
+    grams = run.dataset.targets.numpy().astype(float)
+    if (areas > 0).mean() < tm.WITH_PLANT or (grams <= 0).any():
+        return None
+    laws = [(plant.fit_law(areas[learn], grams[learn])[1], rows) for learn, rows in splits.values()]
+    return math.sqrt(np.concatenate([(law(areas[rows]) - grams[rows]) ** 2 for law, rows in laws]).mean())
+
+
+def judge_curve(squares, plants, green, table, args):
+    """The learning curve in numbers: its power law, what twice the plants would give, and a sentence on them.
+
+    `squares` are those of the errors by row, and by share and draw. The interval holds the spread of the held-out
+    plants, which judge all models and are jackknifed (writing.group_interval), and that of the draws.
+    """
+    from scipy.special import stdtrit
+
+    sizes, groups = np.array([*plants.values()]), table["_plant"]
+    sums = squares.T.groupby(level=0).mean().T.assign(rows=1.0).groupby(groups).sum().to_numpy()
+    rmse = rmse_of(sums.sum(0))
+    found = {"plants": sizes.tolist(), "rmse": rmse.tolist(), "green_area_rmse": green}
+    if len(sizes) < 3:
+        least = math.ceil(FEWEST / SHARES[-2] * args.folds / (args.folds - 1))
+        few = f"{groups.nunique()} {reading.group_name(args.group_by)}s"
+        return found | {"sentence": f"how the error falls with more plants cannot be told from {few}, it takes {least}"}
+
+    def ln_of_twice(sums):
+        return np.log(np.apply_along_axis(lambda rmse: forecast(sizes, rmse, 2 * sizes[-1]), -1, rmse_of(sums)))
+
+    def ln_of_fall(sums):
+        return np.diff(np.log(rmse_of(sums)[..., [0, -1]]))[..., 0]
+
+    low, high = writing.group_interval(ln_of_twice, sums, float)
+    draws = [ln_of_twice(np.append(part.sum(axis=1), len(groups))) for _, part in squares.T.groupby(level=1)]
+    of_draws = stdtrit(DRAWS - 1, 0.975) * np.std(draws, ddof=1) / math.sqrt(DRAWS)
+    middle, reach = ln_of_twice(sums.sum(0)), math.hypot((high - low) / 2, of_draws)
+    found |= dict(zip("abc", map(float, fit_power_law(sizes, rmse)), strict=True))
+    found |= {"twice": float(np.exp(middle)), "twice_ci95": np.exp([middle - reach, middle + reach]).tolist()}
+    if len(sizes) > 3:
+        halves = sizes <= sizes[-1] / 1.9
+        found["all_from_half"] = float(forecast(sizes[halves], rmse[halves], sizes[-1]))
+    falls = writing.group_interval(ln_of_fall, sums, np.exp)[1] < 1
+    return found | {"sentence": tell_curve(found, falls, args)}
+
+
+def rmse_of(sums):
+    return np.sqrt(sums[..., :-1] / sums[..., -1:])
+
+
+def tell_curve(found, falls, args):
+    """What a learning curve means for who has to weigh the plants."""
+    unit, named = f" {reading.unit_of(args.target)}".rstrip(), f"{reading.group_name(args.group_by)}s"
+    (least, *_, most), (first, *_, last), green = found["plants"], found["rmse"], found["green_area_rmse"]
+    if not falls:
+        both = f"RMSE {first:.4g} after {least:.0f}, {last:.4g}{unit} after {most:.0f} {named}"
+        return f"{both}: no fall can be told, nor what more {named} would give"
+    low, high = found["twice_ci95"]
+    text = f"RMSE {last:.4g}{unit} after {most:.0f} {named}; after twice as many about {found['twice']:.4g}{unit}"
+    text += f" (95 % interval {low:.4g} to {high:.4g})"
+    if green is None:
+        return text
+    text += f"; the green-area law ({green:.4g}{unit})"
+    if last >= green:
+        return f"{text} is better up to {most:.0f} {named}"
+    if first <= green:
+        return f"{text} is worse from {least:.0f} {named} on"
+    crossing = ((green - found["a"]) / found["b"]) ** (-1 / found["c"])
+    return f"{text} is better below {crossing:.0f} {named}"
+
+
+def draw_curve(squares, found, metrics, args):
+    """RMSE against the plants weighed: each draw, their mean, the power law and what it promises, and baselines."""
+    figure = writing.new_figure(args.labels_path, (5, 4.4))
+    axis, unit = figure.subplots(), f" ({reading.unit_of(args.target)})".removesuffix(" ()")
+    sizes, draws = np.array(found["plants"]), np.sqrt(squares.mean())
+    for draw, rmse in draws.groupby(level=1):
+        axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", markersize=4, label="a draw" if draw == 1 else None)
+    axis.plot(sizes, found["rmse"], "o", color="#0072B2", markersize=6, label=f"mean of {DRAWS} draws")
+    if "a" in found:
+        along = np.geomspace(sizes[0], 2 * sizes[-1])
+        law = power_law(along, *(found[name] for name in "abc"))
+        told = f"{found['a']:.3g} + {found['b']:.3g} n$^{{-{found['c']:.2f}}}$"
+        axis.plot(along, law, color="#0072B2", linewidth=1, label=told)
+        ends = np.abs(np.array(found["twice_ci95"])[:, None] - found["twice"])
+        axis.errorbar(2 * sizes[-1], found["twice"], ends, fmt="s", color="black", label="forecast, 95 % interval")
+    lines = {"training mean": ("baseline_mean_rmse", "#777777", "--")}
+    lines |= {"green-area law": ("green_area_rmse", "#E69F00", "-."), "noise floor": ("noise_floor_rmse", "black", ":")}
+    for label, (name, colour, style) in lines.items():
+        if (level := (metrics | found).get(name)) is not None:
+            axis.axhline(level, color=colour, linestyle=style, linewidth=1.2, label=label)
+    named = writing.plain(reading.group_name(args.group_by))
+    axis.set(xscale="log", ylim=(0, None), ylabel=f"RMSE of {writing.plain(args.target)}{unit}")
+    axis.set_xlabel(f"{named}s weighed, n; each point by the same {len(squares):,} photos")
+    ticks = [*sizes, 2 * sizes[-1]] if "a" in found else sizes
+    axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+    axis.set_title(textwrap.fill(writing.plain(found["sentence"]), 70), fontsize=8)
+    writing.save_figure(figure, args.results_dir / "learning_curve.png", dpi=200)
+
+
+def report_curve(run, splits, table, args):
+    """Train on parts of the plants; learning_curve.csv and .png, and what metrics.txt says of them."""
+    squares, plants = learn_from_parts(run, args, splits, table)
+    found = judge_curve(squares, plants, green_area_rmse(run, splits, args), table, args)
+    rows = np.sqrt(squares.mean()).rename_axis(["share", "draw"]).rename("rmse").reset_index()
+    rows = rows[(rows["share"] < 1) | (rows["draw"] == 1)]  # all of them are drawn in one way only
+    if run.accelerator.is_main_process:
+        with writing.whole_file(args.results_dir / "learning_curve.csv") as partial:
+            rows.assign(plants=rows["share"].map(plants))[["plants", "draw", "rmse"]].to_csv(partial, index=False)
+        draw_curve(squares, found, writing.metrics_of(table, None, "", [], args), args)
+        logger.info(found["sentence"])
+    return {"learning_curve": found}
+
+
 # ---------------------------------------------------------------- within experiments
 
 
@@ -274,6 +461,8 @@ def build_parser():
     add = parser.add_argument_group("cross-validation").add_argument
     add("--folds", type=writing.number(int, 2), default=5, help="parts of the plants, each held out once")
     add("--within", default="experiment_id", metavar="COLUMN", help="also judge within each value of this column")
+    add("--time_column", metavar="COLUMN", help="kept in predictions.csv (default: timestamp, else age_days)")
+    add("--learning_curve", action="store_true", help="also train on 1/16 to 1/2 of the plants: how many are needed?")
     add("--no_erasing", action="store_true", help="do not ask whether it looks at the plant")
     return parser
 
@@ -287,7 +476,28 @@ def held_out_table(run, splits, results, args):
         for name in ERASED if len(erased) else ():
             table[name] = pd.Series(result[name].numpy(), erased)
         tables.append(table)
-    return pd.concat(tables)
+    return add_intervals(add_time(pd.concat(tables), args), run.labels, args)
+
+
+def add_time(table, args):
+    """`table` with the column of the sheet that says when each photo was taken, which growth.py asks for."""
+    wanted = {args.time_column: "--time_column"} if args.time_column else {}
+    sheet = reading.read_sheet(args.labels_path, wanted, args)
+    name = args.time_column = reading.time_column(args.time_column, sheet)
+    if name is None or name in table:
+        return table
+    times = sheet.drop_duplicates("filename").set_index("filename")[name]
+    return table.assign(**{name: table["filename"].map(times)})
+
+
+def add_intervals(table, labels, args):
+    """`table` with the low and high of each prediction, by the errors of the other folds: no row judges itself."""
+    parts = []
+    for fold, rows in table.groupby("fold"):
+        known = calibrate(table[table["fold"] != fold], labels, args)
+        low, high = writing.interval(known, rows["predicted"], min(COVERAGE, writing.most_coverage(known)))
+        parts.append(rows.assign(low=low, high=high))
+    return pd.concat(parts)
 
 
 def pool_metrics(run, table, splits, shares, args):
@@ -321,11 +531,12 @@ def cross_validate(argv, started):
             run.progress.finish(name, judge_fold(run, args, split, name))
     results = [done[name] for name in splits]
     table = held_out_table(run, splits, results, args)
+    curve = report_curve(run, splits, table, args) if args.learning_curve else {}
     final = train_on_all(run, args, table, results)
     if run.accelerator.is_main_process:
         history = [{"fold": fold, **row} for fold, result in enumerate(results, 1) for row in result["history"]]
         history += [{"fold": 0, **row} for row in final["history"]]
-        metrics = pool_metrics(run, table, splits, shares, args) | {"epoch": final["epoch"]}
+        metrics = pool_metrics(run, table, splits, shares, args) | {"epoch": final["epoch"]} | curve
         panel = functools.partial(plot_within, metrics["within"], args) if "within" in metrics else None
         tm.finish(table, history, metrics, run, args, panel)
         if not args.no_erasing:

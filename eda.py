@@ -96,7 +96,8 @@ def scan_photo(with_traits, path):
 def write_labels(sheet, typed, rows, args):
     """Write all rows as they were understood, and why a model would not learn from one: a sheet for all scripts."""
     table = typed.copy()
-    table["filename"] = sheet["filename"].where(rows["_missing"] == "", typed["filename"])
+    plain = [bool(name) and name == name.encode(errors="ignore").decode() for name in sheet["filename"]]
+    table["filename"] = sheet["filename"].where(plain, typed["filename"].astype(object))
     for column in typed.columns.drop(["filename", *args.group_by], errors="ignore"):
         known = reading.to_numbers(sheet[column]).notna() & pd.api.types.is_numeric_dtype(sheet[column])
         unclear = typed[column].astype(str).str.contains(",")  # beside numbers as they are written here it could be one
@@ -129,10 +130,13 @@ def find_faults(sheet, typed, rows, photos, args):
     total, shoot, root = (sheet.get(column, weights * np.nan) for column in NUMBERS[2:])
     off = (total - shoot - root).abs() > 0.001 + 0.01 * total.abs()  # more than rounding three weights explains
     modes, twins = photos["mode"].dropna(), photos["digest"].dropna()[lambda digests: digests.duplicated(keep=False)]
+    is_weight = bool(reading.unit_of(target))
     others, _ = reading.other_unit(weights, reading.unit_of(target))
-    plants = rows["_plant"].groupby(names).transform("nunique") > 1
-    same = [reading.same_name(str(name).replace("\\", "/")) for name in typed["filename"]]
-    renamed = (missing == "") & (names.fillna("").map(reading.same_name) != pd.Series(same, names.index))
+    same_photo = pd.Series(pd.factorize(names)[0], names.index).where(names.notna())
+    plants = rows["_plant"].groupby(same_photo).transform("nunique") > 1
+    pairs = zip(names, typed["filename"].astype(str).str.replace("\\", "/", regex=False), strict=True)
+    other = [bool(name) and reading.same_name(name) != reading.same_name(asked) for name, asked in pairs]
+    renamed = (missing == "") & np.array(other, bool)
     return {
         "text_weights": name_cells(typed, text & (text.mean() < 0.5), target),  # in a CSV file all cells are text
         "dates_for_numbers": [
@@ -143,13 +147,13 @@ def find_faults(sheet, typed, rows, photos, args):
             for column, at in lost.items()
             for name in name_cells(typed, at & ~dates[column], column)
         ],
-        "negative_weights": name_cells(typed, weights < 0, target),
-        "weights_of_zero": name_cells(typed, (weights == 0) & bool(reading.unit_of(target)), target),
+        "negative_weights": name_cells(typed, (weights < 0) & is_weight, target),
+        "weights_of_zero": name_cells(typed, (weights == 0) & is_weight, target),
         "weights_in_other_units": name_cells(typed, others, target),
         "wrong_totals": name_cells(typed, off, *NUMBERS[2:]) if off.any() else [],
         "rows_without_plant": name_cells(typed, sheet[args.group_by].isna().any(axis=1), *args.group_by),
         "rows_twice": name_cells(typed, names.notna() & sheet.duplicated(["filename", target]), target),
-        "photos_with_several_weights": name_cells(typed, weights.groupby(names).transform("nunique") > 1, target),
+        "photos_with_several_weights": name_cells(typed, weights.groupby(same_photo).transform("nunique") > 1, target),
         "photos_of_several_plants": name_cells(typed, plants, *args.group_by),
         "photos_found_under_other_names": name_cells(typed.assign(found=names), renamed, "found"),
         "missing_photos": name_cells(typed.assign(fault=missing), missing != "", "fault"),
@@ -213,6 +217,9 @@ def measure_baselines(sheet, args):
     rows = sheet[sheet[args.target] > 0].dropna(subset=["photo_green_area", *args.group_by])
     areas, grams = rows["photo_green_area"].to_numpy(), rows[args.target].to_numpy()
     groups = rows.groupby(args.group_by).ngroup()
+    if len(set(grams)) < 2:
+        logger.info(f"no baselines: {args.target} has one value alone in the rows with a photo and a plant")
+        return None
     guesses = {"training_mean": np.empty_like(grams), "green_area_law": np.empty_like(grams)}
     try:
         for train, held_out in GroupKFold(5, shuffle=True, random_state=args.seed).split(areas, groups=groups):

@@ -6,10 +6,10 @@
     python predict.py --export biomass.onnx                         the model for other programs
     torchrun --standalone --nproc_per_node 4 predict.py photos/     by four processes, each with a GPU of its own
 
-Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, predicted_g, low_g, high_g, note and
-the traits of the plant (area, axes, colours, ...): from low to high lie 90 % (--coverage) of the weights of plants
-never seen; this, and the note `unlike training photos`, need a model of cross_validate.py. A photo that cannot be read
-has the reason in its note; the exit status is then 1.
+Reads models/biomass_resnet.pt, or what --model names. Writes a CSV with filename, what the sheet tells of plant and
+time (growth.py reads them), predicted_g, low_g, high_g, note and traits of the plant: from low to high lie 90 %
+(--coverage) of the weights of plants never seen; this, and the note `unlike training photos: darker`, need a model of
+cross_validate.py. A photo that cannot be read has the reason in its note; the exit status is then 1.
 """
 
 import functools
@@ -31,8 +31,14 @@ from biomass.reading import UserError
 
 UNLIKE = "unlike training photos"
 SHOWN = 12  # photos with a heat map
-THUMBNAILS, THUMBNAILS_A_ROW = 48, 8
-MARKS = {"outside": "outside interval", "unlike": "unlike training"}  # what a red thumbnail says
+THUMBNAILS, THUMBNAILS_A_ROW, MARKED = 48, 8, "#D55E00"
+REASONS = {  # of what is measured of a scene, its name, its format, and what photos below and above the others are
+    "share": ("plant in the frame", ".1%", "other scale, plant smaller", "other scale, plant larger"),
+    "scene_lightness": ("lightness", ".0f", "darker", "lighter"),
+    "scene_green_red": ("green to red", ".0f", "other colour, greener", "other colour, redder"),
+    "scene_blue_yellow": ("blue to yellow", ".0f", "other colour, bluer", "other colour, yellower"),
+    "fineness": ("fineness", ".2f", "other scale or blurred, coarser", "other scale, finer"),
+}
 
 logger = logging.getLogger("biomass")
 
@@ -55,6 +61,8 @@ def read_checkpoint(path):
         checkpoint.model.load_state_dict(state)
         checkpoint.model.plan = checkpoint.metadata
         checkpoint.familiar = {name: value.numpy() for name, value in (checkpoint.familiar or {}).items()}
+        if checkpoint.familiar:
+            why_unlike(checkpoint.familiar["scene"], [])
         if checkpoint.calibration:
             writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
         if not isinstance(checkpoint.unit + checkpoint.target, str):
@@ -70,18 +78,16 @@ def find_rows(args, checkpoint):
     """A row for each photo: filename, _path, _fault ("" if none so far), the target (NaN if unknown), and metadata."""
     columns = [step["column"] for step in checkpoint.metadata]
     if args.labels_path:
-        return rows_of_sheet(args, checkpoint.target, columns)
+        return rows_of_sheet(args, checkpoint, columns)
     if columns:
-        text = f"{args.model} has learned from {', '.join(columns)} too"
-        raise UserError(f"{text}: pass them by --labels_path")
+        raise UserError(f"{args.model} has learned from {', '.join(columns)} too: pass them by --labels_path")
     found = {}
     for path in args.photos:
         inside = sorted(map(Path, reading.list_files(path, args.recursive))) if path.is_dir() else []
         photos = [path / name for name in inside if reading.is_photo(name.name)] or [path]
         photos = [photo for photo in photos if photo.is_file()]
         if not photos:
-            suffixes = ", ".join(reading.PHOTO_SUFFIXES)
-            raise UserError(f"no photo at {path} ({suffixes}); --recursive looks deeper")
+            raise UserError(f"no photo at {path} ({', '.join(reading.PHOTO_SUFFIXES)}); --recursive looks deeper")
         found |= {photo: photo.relative_to(path if path.is_dir() else path.parent) for photo in photos}
     names = found.values() if len(set(found.values())) == len(found) else found  # alike in several folders
     rows = {"filename": [*map(Path.as_posix, names)], "_path": [*map(str, found)], "_fault": ""}
@@ -89,41 +95,55 @@ def find_rows(args, checkpoint):
     return rows.assign(**{checkpoint.target: np.nan})
 
 
-def rows_of_sheet(args, target, columns):
-    columns = dict.fromkeys(columns, "--metadata_columns")
-    sheet = reading.read_sheet(args.labels_path, columns | {target: ""}, args, target)
+def rows_of_sheet(args, checkpoint, columns):
+    target, given = checkpoint.target, args.group_by or []
+    wanted = dict.fromkeys(columns, "--metadata_columns") | dict.fromkeys(given, "--group_by")
+    wanted |= {args.time_column: "--time_column"} if args.time_column else {}
+    may_be_absent = dict.fromkeys([target, *checkpoint.group_by], "")
+    sheet = reading.read_sheet(args.labels_path, may_be_absent | wanted, args, target)
     reading.tell_readings(sheet, args.labels_path)
+    groups = given or [name for name in checkpoint.group_by if name in sheet]
+    kept = [*groups, reading.time_column(args.time_column, sheet)]
+    args.kept = [name for name in dict.fromkeys(kept) if name not in ("filename", None)]
     named = sheet.dropna(subset="filename").reset_index(drop=True)
     logger.info(f"{args.labels_path}: {len(named):,} photos, {len(sheet) - len(named):,} rows without a file name")
     if named.empty:
         raise UserError(f"no row of {args.labels_path} has a file name")
     measured = reading.to_numbers(named[target]) if target in named else np.nan
     found = reading.find_photos(named["filename"], args.image_dir)
-    return named[["filename", *columns]].assign(**found, **{target: measured})
+    named = named[[*dict.fromkeys(["filename", *args.kept, *columns])]]
+    return named.assign(**found, **{target: measured})
 
 
 # ---------------------------------------------------------------- weights
 
 
 def weigh_rows(rows, checkpoint, batches):
-    """`rows` with predicted (NaN where there is a fault) and whether each photo is unlike the training photos."""
+    """`rows` with predicted (NaN where there is a fault) and in what photos unlike the training photos are so."""
     good, model = np.flatnonzero(rows["_fault"] == ""), checkpoint.model
-    predicted, unlike = np.full(len(rows), np.nan), np.zeros(len(rows), bool)
+    predicted, unlike = np.full(len(rows), np.nan), np.full(len(rows), "", object)
     if len(good):
         each = np.arange(len(good))
         batches.collect(each[:0], each)
         predicted[good] = tm.evaluate(model, batches.judge(each), batches)[0]
         if checkpoint.familiar:
             distances = writing.unlikeness(checkpoint.familiar, batches.features(model, each))
-            unlike[good] = distances > checkpoint.familiar["limit"]
+            reasons = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
+            unlike[good] = np.where(distances > checkpoint.familiar["limit"], reasons, "")
     return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
 
 
-def add_traits(table, batches, mm_per_pixel):
-    """`table` with the traits of the plants in the photos, in pixels of the photos or mm."""
-    good = table.index[table["_fault"] == ""]
-    traits = plant.trait_table(batches.measured(np.arange(len(good))), mm_per_pixel)
-    return table.join(traits.set_axis(good))
+def why_unlike(ranges, measured):
+    """In what photos (n, len(plant.MEASURED)) lie beyond the ranges of the training photos (2, len(plant.SCENE))."""
+    reasons, scenes = [], pd.DataFrame(measured, columns=plant.MEASURED)[plant.SCENE]
+    for scene in scenes.to_numpy():
+        found = []
+        for name, value, low, high in zip(plant.SCENE, scene, *ranges, strict=True):
+            what, form, *sides = REASONS[name]
+            if not low <= value <= high:
+                found.append(f"{sides[int(value > high)]} ({what} {value:{form}}, there {low:{form}} to {high:{form}})")
+        reasons.append(", ".join(found) or "another scene")
+    return reasons
 
 
 def add_interval(table, checkpoint, coverage):
@@ -132,8 +152,7 @@ def add_interval(table, checkpoint, coverage):
     if not calibration:
         logger.info("no interval: the model is not of cross_validate.py, its errors on unseen plants are not known")
         return table.assign(low=np.nan, high=np.nan, outside=False), coverage
-    count, name = calibration["groups"], calibration["grouped_by"]
-    most = (count - 1) / (count + 1)  # beyond it the quantiles lie outside all errors that were seen
+    count, name, most = calibration["groups"], calibration["grouped_by"], writing.most_coverage(calibration)
     if coverage > most:
         logger.info(f"{count:,} {name}s can promise {most:.1%} at most: taken in place of --coverage {coverage}")
         coverage = most
@@ -146,24 +165,25 @@ def add_interval(table, checkpoint, coverage):
 # ---------------------------------------------------------------- report
 
 
-def write_table(table, traits, checkpoint, path):
-    note = table["_fault"].mask(table["unlike"], UNLIKE)
+def write_table(table, traits, checkpoint, args):
+    note = table["_fault"].mask(table["unlike"] != "", f"{UNLIKE}: " + table["unlike"])
     for step in checkpoint.metadata:
         cells, known = table[step["column"]], step.get("categories")
         lacks = reading.to_numbers(cells).isna() if known is None else ~reading.to_ids(cells).isin(known)
         note = note.mask(lacks, (note + f"; without {step['column']}").str.removeprefix("; "))
     numbers = table[["predicted", "low", "high"]].add_suffix(f"_{checkpoint.unit}" if checkpoint.unit else "")
-    with writing.whole_file(path) as partial:
-        written = pd.concat([table["filename"], numbers, note.rename("note"), traits], axis=1)
+    with writing.whole_file(args.out) as partial:
+        written = pd.concat([table[["filename", *args.kept]], numbers, note.rename("note"), traits], axis=1)
+        written = written.assign(**{"drawn_data": True} if reading.is_drawn(args.labels_path) else {})
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 
 def log_summary(table, checkpoint, coverage):
     good, unit = table[table["_fault"] == ""], f" {checkpoint.unit}".rstrip()
     mean, total = good["predicted"].agg(["mean", "sum"])
-    unlike = f"{good['unlike'].sum():,} {UNLIKE}, " if checkpoint.familiar else ""
-    logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, "
-                f"{unlike}{len(table) - len(good):,} unreadable")  # fmt: skip
+    unlike = f"{(good['unlike'] != '').sum():,} {UNLIKE}, " if checkpoint.familiar else ""
+    counts = f"{unlike}{len(table) - len(good):,} unreadable"
+    logger.info(f"{len(good):,} photos weighed: mean {mean:.4f}{unit}, total {total:.4f}{unit}, {counts}")
     known = good.dropna(subset="measured")
     if len(known):
         errors = known["predicted"] - known["measured"]
@@ -178,30 +198,39 @@ def spread(table, most):
 
 
 def draw_sheet(table, checkpoint, args):
-    """Thumbnails with their weights: first the marked ones, in red with the reason, then others from light to heavy."""
+    """Thumbnails with name, weight and interval: first the marked ones, then others from light to heavy."""
     good = table[table["_fault"] == ""].sort_values("predicted", kind="stable")
-    marked = good[good[list(MARKS)].any(axis=1)]
+    marked = good[good["outside"] | (good["unlike"] != "")]
     others, found = good.drop(marked.index), len(marked)
     room = min(max(THUMBNAILS - len(marked), THUMBNAILS // 2), len(others))
     marked, others = spread(marked, THUMBNAILS - room), spread(others, room)
     shown = pd.concat([marked, others])
     rows, unit = max(math.ceil(len(shown) / THUMBNAILS_A_ROW), 1), f" {checkpoint.unit}".rstrip()
-    figure = writing.new_figure(args.labels_path, (10.4, 2 * rows + 0.4))  # for a page: 6.5 wide
+    figure = writing.new_figure(args.labels_path, (10.4, 1.85 * rows + 0.7))  # for a page: 6.5 wide
     axes = figure.subplots(rows, THUMBNAILS_A_ROW, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
+    most = shown[["predicted", "low", "high", "measured"]].replace(math.inf, np.nan).max(axis=None)
     for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
         axis.imshow(reading.open_photo(row["_path"]).resize((108, 108)))
-        reasons, name = [text for column, text in MARKS.items() if row[column]], row["filename"][-28:]
-        lines = [name[:14], name[14:], f"predicted {row['predicted']:.3f}{unit}"]
-        lines.append(f"from {row['low']:.3f} to {row['high']:.3f}" if checkpoint.calibration else "")
-        lines.append(f"measured {row['measured']:.3f}{unit}" if np.isfinite(row["measured"]) else "")
-        text, colour = "\n".join(filter(None, lines + reasons)), "tab:red" if reasons else "black"
+        mark = ", unlike" * bool(row["unlike"]) + ", outside" * row["outside"]
+        text, colour = f"{row['filename'][-18:]}\n{row['predicted']:.3f}{unit}{mark}", MARKED if mark else "black"
         axis.set_title(writing.plain(text), fontsize=9, color=colour, pad=3)
-    first = f"{len(marked):,} of {found:,} marked photos first, in red, then " if found else ""
-    title = f"{writing.plain(checkpoint.target)}: {first}{len(others):,} of {len(good) - found:,} others"
-    figure.suptitle(title, fontsize=12)
+        draw_bar(axis, row, most)
+    first = f", first {len(marked):,} of {found:,} unlike training photos or outside their interval" if found else ""
+    bar = f"dot: predicted, bar: its interval, cross: measured, from 0 to {most:.3g}{unit}"
+    title = f"{writing.plain(checkpoint.target)}: {len(shown):,} of {len(good):,} photos{first}\n{bar}"
+    figure.suptitle(title, fontsize=11)
     writing.save_figure(figure, args.sheet, dpi=90, colours=256)
+
+
+def draw_bar(axis, row, most):
+    """Below a thumbnail, as wide as the largest weight: what was predicted, its interval, and what was measured."""
+    parts = [([0, most], "-", "lightgrey", 1), (row[["low", "high"]].clip(0, most), "-", "#56B4E9", 4)]
+    parts += [([row["predicted"]], "o", "black", 1), ([row["measured"]], "x", MARKED, 1)]
+    style = {"markersize": 4, "transform": axis.transAxes, "clip_on": False}
+    for values, form, colour, width in parts:
+        axis.plot(np.array(values, float) / most, [-0.07] * len(values), form, color=colour, linewidth=width, **style)
 
 
 def explain(table, checkpoint, batches, args):
@@ -235,11 +264,6 @@ class Grams(torch.nn.Module):
         return self.model.predict(self.versions(images.round().clamp(0, 255)), *beside)
 
 
-def check_export():
-    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
-
-
 def export(checkpoint, path):
     """Write the model as ONNX, once onnxruntime gives the same predictions as PyTorch; its inputs are those of Grams.
 
@@ -265,9 +289,8 @@ def export(checkpoint, path):
             torch.onnx.export(grams, tuple(inputs.values()), str(partial), dynamic_shapes=dims, **names,
                               external_data=False, dynamo=True, verbose=False)  # fmt: skip
         except torch.onnx.OnnxExporterError as error:  # old releases cannot write how a photo is resized
-            text = f"--export: {reading.one_line(error)[:80]}"
-            more = "newer packages may: pip install -U torch torchvision onnxscript"
-            raise UserError(f"{text}; {more}") from error
+            newer = "newer packages may: pip install -U torch torchvision onnxscript"
+            raise UserError(f"--export: {reading.one_line(error)[:80]}; {newer}") from error
         session = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         answer = session.run(None, {name: value.numpy() for name, value in given.items()})[0]
         if not np.allclose(answer, wanted := grams(*inputs.values()).numpy(), rtol=1e-3, atol=1e-4):
@@ -286,6 +309,8 @@ def build_parser():
     folder = "folder of the sheet's photos (default: images_med_res beside the sheet)"
     add("--image_dir", type=reading.a_path, help=folder)
     reading.add_sheet_flags(add)
+    add("--group_by", nargs="+", metavar="COLUMN", help="of the sheet, kept in the table (default: the training's)")
+    add("--time_column", metavar="COLUMN", help="of the sheet, kept too (default: timestamp, else age_days)")
     add("--model", type=reading.a_path, default="models/biomass_resnet.pt", help="checkpoint")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the training")
@@ -297,10 +322,8 @@ def build_parser():
     )
     add = parser.add_argument_group("output").add_argument
     add("--out", type=reading.a_path, default="predictions.csv", help="table")
-    add(
-        "--coverage", type=writing.number(float, 0, 1, ends=False), default=0.9, help="share of weights in the interval"
-    )
-    scale = writing.number(float, 0, ends=False)
+    share, scale = writing.number(float, 0, 1, ends=False), writing.number(float, 0, ends=False)
+    add("--coverage", type=share, default=0.9, help="share of the weights in the interval")
     add("--mm_per_pixel", type=scale, help="scale of the photos: traits in mm, else in pixels")
     add("--sheet", type=reading.a_path, metavar="PNG", help="picture of the photos with their predictions")
     add(
@@ -325,14 +348,15 @@ def check_arguments(args):
         if picture.suffix.lower() != ".png":
             raise UserError(f"{picture}: a picture's name must end in .png")
     if args.image_dir and not args.labels_path:
-        text = "--image_dir is the folder of a sheet's photos"
-        raise UserError(f"{text}: pass --labels_path too, or the folder alone")
+        raise UserError("--image_dir is the folder of a sheet's photos: pass --labels_path too, or the folder alone")
+    if (args.group_by or args.time_column) and not args.labels_path:
+        raise UserError("--group_by and --time_column name columns of a sheet: pass --labels_path with it")
     args.image_dir = args.image_dir or (args.labels_path and args.labels_path.parent / "images_med_res")
     for folder in [*args.photos, args.image_dir]:
         outputs = filter(None, (args.out, args.sheet, args.explain, args.export))
         writing.check_writable(outputs, [args.model, args.labels_path, *args.photos], folder)
-    if args.export:
-        check_export()
+    if args.export and not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
+        raise UserError("--export needs three more packages: pip install onnx onnxscript onnxruntime")
 
 
 def predict(argv, started):
@@ -341,7 +365,7 @@ def predict(argv, started):
     check_arguments(args)
     checkpoint = read_checkpoint(args.model)
     others = vars(tm.build_parser().parse_args([])) | {"epochs": 0, "batch_size": 256}  # which tm's functions ask for
-    args = SimpleNamespace(**others | vars(args) | {"target": checkpoint.target})
+    args = SimpleNamespace(**others | vars(args) | {"target": checkpoint.target, "kept": []})
     accelerator = start(args, checkpoint, started)
     engine = features.Engine(checkpoint.model.backbone, accelerator.device, args.precision)
     logger.info(f"{args.model}: {checkpoint.settings['name']} by {engine.name}")
@@ -364,7 +388,7 @@ def predict(argv, started):
         traits = plant.trait_table(batches.measured(np.arange(len(good))), args.mm_per_pixel).set_axis(good.index)
         unreadable = (table["_fault"] != "").any()
         if accelerator.is_main_process:
-            write_table(table, traits, checkpoint, args.out)
+            write_table(table, traits, checkpoint, args)
             if args.sheet:
                 draw_sheet(table, checkpoint, args)
             if args.explain:

@@ -49,6 +49,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 SAVE_EVERY = 30  # seconds between two states of a running training
+LARGE_TARGET = 10  # mean of a target from which on a head that starts at 0 takes many epochs to come near
 PLACES = "data_dir labels_path image_dir results_dir metrics_path curves_path model_out log_path cache_dir".split()
 PLACES += ["num_workers", "resume", "device", "track", *vars(reading.PLAIN)]  # none of them changes the result
 
@@ -865,7 +866,8 @@ def complete_arguments(args, started):
         raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
-    if args.track and not importlib.util.find_spec(args.track):
+    found = args.track and importlib.util.find_spec(args.track)
+    if args.track and not (found and found.origin):  # a mere folder of that name has no origin
         raise UserError(f"--track {args.track} needs its package: pip install {args.track}")
     outputs = [args.metrics_path, args.curves_path, args.model_out, args.log_path]
     outputs += [args.results_dir / name for name in ("history.csv", "predictions.csv", "predictions.png")]
@@ -892,6 +894,9 @@ def prepare(script, argv, args, started, recipe=()):
     labels, known = reading.load_labels(args), store.known_photos()
     if args.target_transform in BENDS and (labels[args.target] <= 0).any():
         raise UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
+    if args.target_transform == "none" and labels[args.target].abs().mean() > LARGE_TARGET:
+        logger.info(f"warning: {args.target} is {labels[args.target].mean():,.4g} in the mean, far from where the head "
+                    "starts: pass --target_transform standardize")  # fmt: skip
     with accelerator.main_process_first():  # the others then find each photo's digest
         labels = reading.filter_missing_images(labels, args, known)
         store.remember_photos(known)

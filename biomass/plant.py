@@ -22,7 +22,8 @@ SIZES += ["perimeter", "long_axis", "short_axis", "box_length", "box_width", "th
 SHAPES = ["solidity", "eccentricity", "parts"]
 CHANNELS = ["hue", "saturation", "value", "lightness", "green_red", "blue_yellow"]  # of HSV, 0..1, and CIELAB
 TRAITS = [*SIZES, *SHAPES, *CHANNELS, *(f"{channel}_sd" for channel in CHANNELS)]
-MEASURED = [*TRAITS, "share", "scale"]  # share of the frame (0..1), and pixels of the photo for one of the small copy
+SCENE = ["share", "scene_lightness", "scene_green_red", "scene_blue_yellow", "fineness"]  # of the whole photo
+MEASURED = [*TRAITS, *SCENE, "scale"]  # share of the frame (0..1); pixels of the photo for one of the small copy
 
 
 # ---------------------------------------------------------------- where it is, and its traits
@@ -60,7 +61,7 @@ def measure_traits(photo):
     small = shrink(photo, FINEST)
     mask = find_plant(small)
     found = dict.fromkeys(TRAITS, 0.0) | {"share": mask.mean(), "scale": max(photo.size) / max(small.size)}
-    found |= dict.fromkeys(TRAITS[len(SIZES) + len(SHAPES) :], np.nan)
+    found |= dict.fromkeys(TRAITS[len(SIZES) + len(SHAPES) :], np.nan) | measure_scene(small)
     found |= {f"eg{100 * green:.0f}_area": find_plant(small, green).sum() for green in GREENER}
     if mask.any():
         names = {"area": "area", "area_convex": "hull_area", "perimeter": "perimeter"}
@@ -76,6 +77,15 @@ def measure_traits(photo):
         for channel, values in zip(CHANNELS, np.hstack([rgb2hsv(pixels), rgb2lab(pixels)]).T, strict=True):
             found |= {channel: values.mean(), f"{channel}_sd": values.std()}
     return np.array([found[name] for name in MEASURED], np.float32)
+
+
+def measure_scene(small):
+    """Mean colour of a photo within FINEST pixels, in CIELAB, and how fine it is: steps between pixels by contrast."""
+    from skimage.color import rgb2lab
+
+    found = dict(zip(SCENE[1:4], rgb2lab(np.asarray(shrink(small, 64)) / 255).mean((0, 1)), strict=True))
+    grey = np.asarray(small.convert("L"), float)
+    return found | {"fineness": np.abs(np.diff(grey)).mean() / max(grey.std(), 1)}
 
 
 def trait_table(measured, mm_per_pixel=None):

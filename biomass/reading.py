@@ -45,6 +45,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 SIGNS, EITHER = {"point": ".", "comma": ","}, "either"  # of decimals; EITHER: a comma or point that can be both
 CODEPAGES = ["cp1252", "cp1251", "gb18030", "cp932", "big5", "cp949"]  # that a text shows, if it is no UTF
 PLAIN = SimpleNamespace(filename_column="filename", sheet_name=None, decimal=None)  # flags that are not given
+TIME_COLUMNS = ("timestamp", "age_days")  # of the study's sheet, the first that is there
 
 logger = logging.getLogger("biomass")
 
@@ -202,6 +203,11 @@ def find_header(cells, wanted):
         range(len(rows)), key=lambda row: counts[row] if not counts[row][0] else (counts[row][0], 10**6), default=0
     )
     return (*counts[row], row) if rows else (0, 0, 0)
+
+
+def time_column(named, sheet):
+    """Name of the column that says when photos were taken: the one that was named, else the study's; None if none."""
+    return named or next((name for name in TIME_COLUMNS if name in sheet), None)
 
 
 def clean_name(cell):
@@ -410,7 +416,7 @@ def read_number(text):
             if decimal == EITHER and thousands:
                 return np.nan, EITHER
             plain = text.translate(dict.fromkeys(map(ord, thousands)))
-            return float(plain.replace(",", ".")), decimal
+            return float(plain.replace(",", ".")), decimal if {",", "."} & {*text} else ""
     return np.nan, ""
 
 
@@ -530,6 +536,39 @@ def number_plants(columns):
     return plants.mask(keys.isna().any(axis=1), plants.max() + 1)
 
 
+def read_table(path):
+    """A table whose first row names its columns, from .csv, .xlsx or .parquet. Raises UserError where it cannot be."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no table at {path}")
+    try:
+        if path.suffix.lower() in (".xlsx", ".xls"):
+            return pd.read_excel(path, engine="calamine")
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        return pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig")  # which finds the separator
+    except Exception as error:  # pandas, calamine and pyarrow raise their own
+        raise UserError(f"cannot read {path} ({one_line(error)}): save it as .csv or .xlsx anew") from error
+
+
+def to_days(cells, path):
+    """Times as days, and whether they are dates: these and Unix seconds count from 1970, plain days as typed."""
+    numbers, name = to_numbers(cells), cells.name
+    if numbers.notna().equals(cells.notna()):
+        if numbers.dropna().between(1e8, 1e10).all():  # seconds from 1973 to 2286
+            return numbers / 86400, True
+        if numbers.abs().max() < 1e6:
+            return numbers, False
+        raise UserError(f"{path}: {name} holds neither Unix seconds nor days; write dates as 2024-05-03")
+    dates = pd.to_datetime(cells.astype("string").str.strip(), format="ISO8601", utc=True, errors="coerce")
+    bad = dates.isna() & cells.notna()
+    if bad.any():
+        row = bad.idxmax()
+        text = f"{path} row {row + 2}: {name} '{cells[row]}' can be read in no way, or in several"
+        raise UserError(f"{text}; write dates as 2024-05-03")
+    return (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1), True
+
+
 # ---------------------------------------------------------------- rows, and what is wrong with them
 
 
@@ -563,7 +602,8 @@ def blame(rows, bad, fault):
 def blame_repeated(rows, key, args):
     """Note repeated rows, and all rows of a photo with several targets or plants, as nothing tells which one holds."""
     good = rows[rows["_fault"] == ""]
-    plants, twice = good.groupby(key)["_plant"].transform("nunique") > 1, good.duplicated([key, args.target])
+    same = pd.factorize(good[key])[0]
+    plants, twice = good.groupby(same)["_plant"].transform("nunique") > 1, good.duplicated([key, args.target])
     fault = f"of a photo of several {' + '.join(args.group_by)}"
     rows = blame(rows, plants.reindex(rows.index, fill_value=False), fault)
     rows = blame(rows, twice.reindex(rows.index, fill_value=False), "that repeat an earlier row")

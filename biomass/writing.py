@@ -114,6 +114,11 @@ def interval(calibration, predicted, coverage):
     return np.maximum(low, calibration["floor"]), np.maximum(high, calibration["floor"])
 
 
+def most_coverage(calibration):
+    """Share that its groups can promise: beyond it the quantiles lie outside all errors that were seen."""
+    return (calibration["groups"] - 1) / (calibration["groups"] + 1)
+
+
 def error_size(growth, predicted):
     """The expected size of an error: it grows with the prediction as offset + slope * |predicted|."""
     offset, slope, least = growth
@@ -137,13 +142,17 @@ def unlikeness(familiar, features):
 def write_report(table, history, metrics, args, third_panel=None):
     """Write metrics.txt, history.csv, predictions.csv and the three pictures."""
     unit, history = reading.unit_of(args.target), pd.DataFrame(history)
-    in_unit = {name: f"{name}_{unit}".rstrip("_") for name in ("measured", "predicted", "error")}
-    columns = dict.fromkeys(["filename", *args.group_by, "fold", *in_unit.values()])
+    numbers = [name for name in ("measured", "predicted", "error", "low", "high") if name in table]
+    in_unit = {name: f"{name}_{unit}".rstrip("_") for name in numbers}
+    times = filter(None, [vars(args).get("time_column")])  # of cross_validate.py
+    columns = dict.fromkeys(["filename", *args.group_by, *times, "fold", *in_unit.values()])
     write_json(metrics, args.metrics_path)
     with whole_file(args.results_dir / "history.csv") as partial:
         history.to_csv(partial, index=False)
+    drawn = {"drawn_data": True} if reading.is_drawn(args.labels_path) else {}
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        table.rename(columns=in_unit)[list(columns)].to_csv(partial, index=False, float_format="%.9g")
+        written = table.rename(columns=in_unit)[list(columns)].assign(**drawn)
+        written.to_csv(partial, index=False, float_format="%.9g")
     plot_curves(history, metrics, args)
     plot_predictions(table, metrics, args, third_panel)
     plot_worst(table, args)
@@ -168,12 +177,12 @@ def log_result(metrics, args):
     logger.info(text)
 
 
-def new_figure(labels_path, size):
-    """An empty figure (inches); it says in small print if the data are drawn."""
+def new_figure(labels_path, size, drawn=False):
+    """An empty figure (inches); it says in small print if the data, those of the sheet or any, are drawn."""
     from matplotlib.figure import Figure  # not pyplot, which would keep it
 
     figure = Figure(figsize=size, layout="constrained")
-    if reading.is_drawn(labels_path):
+    if drawn or reading.is_drawn(labels_path):
         figure.supxlabel("drawn data, not measured", x=0.99, ha="right", fontsize=7, color="dimgrey")
     return figure
 
@@ -196,7 +205,7 @@ def plain(text):
 
 def plot_curves(history, metrics, args):
     """Training and validation loss by epoch; of folds a thin line each and their mean."""
-    figure = new_figure(args.labels_path, (8, 4.5))
+    figure = new_figure(args.labels_path, (5.5, 3.8))
     axis, unit = figure.subplots(), reading.unit_of(args.target)
     history = history[history["fold"] > 0] if "fold" in history else history.assign(fold=1)
     folds, by_epoch = history["fold"].nunique(), history.groupby("epoch")
@@ -210,17 +219,17 @@ def plot_curves(history, metrics, args):
         text = f"best epoch {metrics['epoch']}, RMSE {metrics['val_rmse']:.4f} {unit}".rstrip()
         axis.plot(metrics["epoch"], metrics["val_mse"], "*", color="black", markersize=14, zorder=3, label=text)
     label = f"mean squared error of {plain(args.target)} ({unit}$^2$)".removesuffix(" ($^2$)")
-    axis.set(xlabel="epoch", ylabel=label, title="Loss by epoch", ylim=(0, None))
+    axis.set(xlabel="epoch", ylabel=label, title="Loss by epoch" + "; thin: each fold" * (folds > 1), ylim=(0, None))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
-    save_figure(figure, args.curves_path)
+    save_figure(figure, args.curves_path, dpi=180)
 
 
 def plot_predictions(table, metrics, args, third_panel=None):
     """Predicted against measured, and the error against the prediction; third_panel(axis) draws one more."""
-    figure = new_figure(args.labels_path, (15.5 if third_panel else 11, 5))
-    axes = figure.subplots(1, 3 if third_panel else 2)
+    figure = new_figure(args.labels_path, (6.5, 6.2 if third_panel else 3.4))  # for print, 10 cm wide or a page
+    axes = figure.subplot_mosaic([[0, 1], [2, 2]] if third_panel else [[0, 1]])
     dots, unit, bias = {"s": 10, "alpha": 0.35, "linewidths": 0}, reading.unit_of(args.target), metrics["val_bias"]
     axes[0].scatter(table["measured"], table["predicted"], **dots)
     axes[0].axline((table["measured"].mean(),) * 2, slope=1, color="black", linewidth=1, label="equality")
@@ -230,7 +239,7 @@ def plot_predictions(table, metrics, args, third_panel=None):
     target, in_unit = plain(args.target), f" ({unit})".removesuffix(" ()")
     axes[0].set(xlabel=f"measured {target}{in_unit}", ylabel=f"predicted{in_unit}")
     axes[1].set(xlabel=f"predicted {target}{in_unit}", ylabel=f"predicted - measured{in_unit}")
-    for axis in axes[:2]:
+    for axis in (axes[0], axes[1]):
         axis.grid(alpha=0.3)
         axis.legend()
     if third_panel:
@@ -239,8 +248,8 @@ def plot_predictions(table, metrics, args, third_panel=None):
     groups = (
         f"{table['_plant'].nunique():,} {plain(reading.group_name(args.group_by))}s that the model was not trained on"
     )
-    figure.suptitle(f"{len(table):,} photos of {groups}: RMSE {metrics['val_rmse']:.4f} {unit}{r2}")
-    save_figure(figure, args.results_dir / "predictions.png")
+    figure.suptitle(f"{len(table):,} photos of {groups}:\nRMSE {metrics['val_rmse']:.4f} {unit}{r2}", fontsize=10)
+    save_figure(figure, args.results_dir / "predictions.png", dpi=180)
 
 
 def plot_worst(table, args):

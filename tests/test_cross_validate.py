@@ -56,6 +56,73 @@ def test_each_row_is_predicted_once_apart_from_its_plant_with_the_numbers_of_sci
     assert metrics["folds"]["val_rmse_sd"] == pytest.approx(np.std(rmse, ddof=1))
 
 
+def test_the_table_keeps_plant_and_time_and_an_interval_from_the_errors_of_other_folds(judged, drawn):
+    table = pd.read_csv(judged[0] / "predictions.csv")
+    numbers = ["measured_g", "predicted_g", "error_g", "low_g", "high_g"]
+    wanted = ["filename", "experiment_id", "plant_number", "timestamp", "fold", *numbers, "drawn_data"]
+    assert list(table) == wanted and table["drawn_data"].all()
+    times = pd.read_excel(drawn / SHEET).set_index("filename")["timestamp"]
+    assert table["timestamp"].tolist() == times.loc[table["filename"]].tolist()
+    args = tm.build_parser().parse_args(["--labels_path", str(drawn / SHEET)])
+    named = table.rename(columns=lambda name: name.removesuffix("_g"))
+    named["_plant"] = table.groupby(["experiment_id", "plant_number"]).ngroup()
+    others = cross_validate.calibrate(named[table["fold"] != 2], pd.DataFrame({TARGET: named["measured"]}), args)
+    promised = (others["groups"] - 1) / (others["groups"] + 1)  # too few plants for 90 %
+    assert promised < 0.9
+    low, high = writing.interval(others, named.loc[table["fold"] == 2, "predicted"], promised)
+    assert table.loc[table["fold"] == 2, "low_g"].tolist() == pytest.approx(low.tolist(), rel=1e-4, abs=1e-6)
+    assert table.loc[table["fold"] == 2, "high_g"].tolist() == pytest.approx(high.tolist(), rel=1e-4)
+
+
+def test_a_learning_curve_trains_on_nested_parts_and_ends_at_the_folds_own_error(drawn, tmp_path, monkeypatch):
+    for name, value in {"FEWEST": 2, "SHARES": (1 / 4, 1 / 2), "DRAWS": 2}.items():
+        monkeypatch.setattr(cross_validate, name, value)
+    flags = ["--learning_curve", "--folds", 2, "--no_erasing", "--epochs", 1, "--augmentation", "none"]
+    plants = ["--group_by", "experiment_id", "plant_number"]
+    metrics = train(drawn, tmp_path / "out", *flags, *plants, script=cross_validate)
+    curve, found = pd.read_csv(tmp_path / "out" / "learning_curve.csv"), metrics["learning_curve"]
+    assert curve.groupby("plants").size().tolist() == [2, 2, 1]  # all plants are drawn in one way
+    assert curve["plants"].iloc[-1] == metrics["val_plants"] / 2
+    assert curve["rmse"].iloc[-1] == pytest.approx(metrics["val_rmse"], rel=1e-6) == found["rmse"][-1]
+    assert (tmp_path / "out" / "learning_curve.png").is_file()
+    assert found["sentence"] in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
+    args = cross_validate.build_parser().parse_args(["--folds", "2"])
+    labels = pd.DataFrame({"_plant": np.repeat(np.arange(40), 3)})
+    learn = np.arange(90)
+    parts = cross_validate.parts_of_folds(labels, {"fold 1": (learn, np.arange(90, 120))}, args)
+    for draw in (1, 2):
+        small, large = (parts[share, draw, "fold 1"][0] for share in (1 / 4, 1 / 2))
+        assert set(small) < set(large) < set(learn) and len(small) == 24 and len(large) == 45
+        assert (labels["_plant"].iloc[small].value_counts() == 3).all()
+
+
+def test_the_sentence_of_a_learning_curve_is_what_its_numbers_say():
+    plants, random = {share: 160 * share for share in (1 / 8, 1 / 4, 1 / 2, 1.0)}, np.random.default_rng(0)
+    law = {share: 0.03 + 0.4 * count**-0.7 for share, count in plants.items()}
+    table, args = pd.DataFrame({"_plant": np.repeat(np.arange(50), 4)}), cross_validate.build_parser().parse_args([])
+    errors = random.normal(0, 1, (200, 1)) ** 2
+    errors /= errors.mean()
+    columns = pd.MultiIndex.from_product([plants, (1, 2, 3)])
+
+    def judge(rmse, green=None, part=slice(None)):
+        squares = pd.DataFrame(errors * np.repeat(np.array(rmse) ** 2, 3), columns=columns)
+        kept = dict(list(plants.items())[part])
+        return cross_validate.judge_curve(squares[list(kept)], kept, green, table, args)
+
+    found = judge([*law.values()], green=0.06)
+    assert [found[name] for name in "abc"] == pytest.approx([0.03, 0.4, 0.7], rel=1e-2)
+    assert found["twice"] == pytest.approx(0.03 + 0.4 * 320**-0.7, rel=1e-3)
+    assert found["all_from_half"] == pytest.approx(law[1.0], rel=1e-3)
+    assert found["twice_ci95"][0] < found["twice"] < found["twice_ci95"][1]
+    crossing = ((0.06 - 0.03) / 0.4) ** (-1 / 0.7)
+    assert f"the green-area law (0.06 g) is better below {crossing:.0f} plants" in found["sentence"]
+    assert "is better up to 160 plants" in judge([*law.values()], green=0.01)["sentence"]
+    assert "is worse from 20 plants on" in judge([*law.values()], green=0.9)["sentence"]
+    assert "no fall can be told" in judge([0.05, 0.05, 0.05, 0.05])["sentence"]
+    few = judge([*law.values()], part=slice(2, None))
+    assert "cannot be told from 50 plants, it takes 50" in few["sentence"] and "twice" not in few
+
+
 def test_the_last_epoch_counts_and_fold_0_learns_from_all_rows(judged):
     out, metrics = judged
     history = pd.read_csv(out / "history.csv")

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SHEET, TARGET, flags_of, quick, train
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter
 
 import cross_validate
 import predict
@@ -152,7 +152,48 @@ def test_photos_unlike_the_training_photos_are_marked(drawn, judged, clean, tmp_
     familiar["limit"].fill(np.quantile(distances, 0.71))  # it shares the checkpoint's memory
     torch.save(checkpoint, tmp_path / "strict.pt")
     table = weigh(tmp_path / "strict.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
-    assert table["note"].eq(predict.UNLIKE).tolist() == (distances > familiar["limit"]).tolist()
+    assert table["note"].notna().tolist() == (distances > familiar["limit"]).tolist()
+    assert table["note"].dropna().str.startswith(f"{predict.UNLIKE}: ").all()
+
+
+def test_the_note_says_in_what_a_photo_is_unlike(drawn, judged, clean, tmp_path):
+    checkpoint = torch.load(judged, weights_only=True)
+    checkpoint["familiar"]["limit"].fill_(-1)  # all are unlike
+    torch.save(checkpoint, tmp_path / "strict.pt")
+    photo, photos = Image.open(drawn / PHOTOS / clean.index[0]).convert("RGB"), tmp_path / "photos"
+    photos.mkdir()
+    red, green, blue = photo.split()
+    changed = {
+        "dark": ImageEnhance.Brightness(photo).enhance(0.3),
+        "bright": ImageEnhance.Brightness(photo).enhance(2.5),
+        "bluer": Image.merge("RGB", (red.point(lambda value: value // 2), green, blue.point(lambda value: 2 * value))),
+        "plant larger": photo.crop((112, 112, 144, 144)).resize((256, 256)),
+        "blurred": photo.filter(ImageFilter.GaussianBlur(6)),
+        "another scene": photo,
+    }
+    for name, one in changed.items():
+        one.save(photos / f"{name}.png")
+    note = weigh(tmp_path / "strict.pt", tmp_path / "p.csv", photos)[1]["note"]
+    words = dict(zip(changed, changed, strict=True)) | {"dark": "darker (lightness", "bright": "lighter"}
+    for name in changed:
+        assert words[name] in note[f"{name}.png"], note.to_dict()
+    assert note["another scene.png"] == f"{predict.UNLIKE}: another scene"
+
+
+def test_plants_and_times_of_the_sheet_stand_in_the_table(drawn, judged, tmp_path, capsys):
+    sheet = pd.read_excel(drawn / SHEET).head(8)
+    sheet.assign(pot=["007", *"1234567"], when="2024-05-03").to_csv(tmp_path / "new.csv", index=False)
+    flags = ["--labels_path", tmp_path / "new.csv", "--image_dir", drawn / PHOTOS]
+    kept = weigh(judged, tmp_path / "p.csv", *flags)[1]
+    assert list(kept)[:4] == ["timestamp", "predicted_g", "low_g", "high_g"]  # this model's plants are its photos
+    assert kept["timestamp"].tolist() == sheet["timestamp"].tolist()
+    named = weigh(judged, tmp_path / "p.csv", *flags, "--group_by", "pot", "--time_column", "when")[1]
+    assert list(named)[:3] == ["pot", "when", "predicted_g"] and named["when"].eq("2024-05-03").all()
+    for flag in ("--group_by", "--time_column"):
+        assert weigh(judged, tmp_path / "q.csv", *flags, flag, "nothing") == (2, None)
+        assert "has no column 'nothing'" in capsys.readouterr().err
+    assert weigh(judged, tmp_path / "q.csv", drawn / PHOTOS, "--time_column", "when") == (2, None)
+    assert "pass --labels_path" in capsys.readouterr().err
 
 
 def test_a_sheet_gives_measured_weights_and_decimal_commas(drawn, judged, clean, tmp_path, capsys, monkeypatch):
@@ -172,8 +213,11 @@ def test_a_sheet_gives_measured_weights_and_decimal_commas(drawn, judged, clean,
     assert "1 rows without a file name" in (printed := capsys.readouterr().out)
     assert f"against 20 measured: RMSE {np.sqrt((errors**2).mean()):.4f} g, bias {errors.mean():.4f} g" in printed
     titles = [axis.get_title() for axis in drawings[0].axes if axis.get_title()]
-    marked = [title for title in titles if "measured 9.500 g" in title]
-    assert len(titles) == 20 and len(marked) == 1 and "outside interval" in marked[0]
+    marked = [axis for axis in drawings[0].axes if "outside" in axis.get_title()]
+    assert len(titles) == 20 and len(marked) == 1 and all(title.count("\n") == 1 for title in titles)
+    ends = [line.get_xdata().tolist() for line in marked[0].lines]
+    odd = table.loc[table.index.isin(sheet["filename"].head(1)), ["low_g", "high_g", "predicted_g"]].iloc[0] / 9.5
+    assert ends == [[0, 1], pytest.approx(odd[["low_g", "high_g"]].tolist()), [pytest.approx(odd["predicted_g"])], [1]]
 
 
 def test_metadata_come_from_the_sheet(drawn, with_metadata, tmp_path):

@@ -274,7 +274,7 @@ def spelled(name, how):
 def written(grams, style, units):
     """A weight as a person may write it, and the sign of its decimals, "" if it has none, None if it can be both."""
     unit, sign, thousands = units, style[0], style[1:]
-    number = f"{grams * reading.PER_GRAM[unit or 'g']:,.4f}".rstrip("0").rstrip(".")
+    number = f"{grams * reading.PER_GRAM[unit or 'g']:,.7f}".rstrip("0").rstrip(".")
     text = number.translate({ord(","): thousands, ord("."): sign})
     alike = re.fullmatch(r"[1-9]\d{0,2}[.,]\d{3}", text)
     shown = None if alike else sign if sign in text or (thousands and thousands in text) else ""
@@ -295,7 +295,10 @@ def sheets(draw):
     style = some(".", ".,", ",", ",.", ", ")  # decimal sign, sign between thousands
     units = draw(st.sampled_from([[""], [""], ["g"], ["mg", "g"], ["kg", "g", ""]]))
     gaps = draw(st.sets(st.integers(0, count - 1), max_size=2))
-    texts = [written(gram, style, draw(st.sampled_from(units))) for gram in grams]
+    own_units = [draw(st.sampled_from(units)) for _ in grams]
+    texts = [written(gram, style, unit) for gram, unit in zip(grams, own_units, strict=True)]
+    if style == ",." and not any(sign for _, sign in texts):  # 1.234 alone is what it says
+        texts = [written(gram, ",", unit) for gram, unit in zip(grams, own_units, strict=True)]
     plain = kind in ("xlsx", "parquet") and some(True, False)  # numbers in cells, not texts
     cells = [None if n in gaps else grams[n] if plain else texts[n][0] for n in range(count)]
     table = pd.DataFrame(
@@ -319,7 +322,7 @@ def sheets(draw):
 
 
 def write_random(folder, table, kind, order, how, above, extra):
-    """Write the sheet with its columns renamed and in another order, below rows, beside a sheet, merged."""
+    """Write the sheet with renamed columns in another order, below other rows, beside another sheet, with merges."""
     table = table[order].rename(columns=lambda name: spelled(name, how))
     if kind == "parquet":
         table.astype("string").to_parquet(path := folder / "labels.parquet")
@@ -334,14 +337,14 @@ def write_random(folder, table, kind, order, how, above, extra):
         if extra:
             pd.DataFrame({"Notes": ["a"]}).to_excel(writer, sheet_name="Notes", index=False)
         table.to_excel(writer, sheet_name="Data", index=False, startrow=above)
-        page, plants = writer.sheets["Data"], table[spelled("plant_number", how)].tolist()
+        page, plants = (
+            writer.sheets["Data"],
+            [plant or None for plant in table[spelled("plant_number", how)].fillna("")],
+        )
         column = list(table).index(spelled("plant_number", how)) + 1
-        for first in range(len(plants) if extra else 0):
-            last = max(n for n in range(len(plants)) if plants[n] == plants[first])
-            if plants[first] is not None and plants.index(plants[first]) == first < last:
-                page.merge_cells(
-                    start_row=first + 2 + above, end_row=last + 2 + above, start_column=column, end_column=column
-                )
+        for plant in {*plants} - {None} if extra else ():
+            same = [number + 2 + above for number, other in enumerate(plants) if other == plant]
+            page.merge_cells(start_row=same[0], end_row=same[-1], start_column=column, end_column=column)
     return path
 
 

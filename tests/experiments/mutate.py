@@ -238,7 +238,7 @@ CHANGES = [
      "0,25 g is read as 25 g", "train_model reading: as_scikit or meant"),
     (READING, '"g" if "weight" in "".join(words) else ""', '"g"', "any number is called grams",
      "train_model: without_a_unit"),
-    (READING, 'PER_GRAM = {"mg": 1000, "g": 1,', 'PER_GRAM = {"mg": 100, "g": 1,', "mg are hundredths of a gram",
+    (READING, 'PER_GRAM = {"mg": 1000, "g": 1,', 'PER_GRAM = {"mg": 100, "g": 1,', "a mg is a hundredth of a gram",
      "reading: unit or meant"),
     (READING, "plants.mask(keys.isna().any(axis=1), plants.max() + 1)", "plants",
      "rows without a plant are split", "train_model: one_id"),
