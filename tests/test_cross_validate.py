@@ -1,6 +1,5 @@
 """cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
 
-import argparse
 import os
 import shutil
 import signal
@@ -293,7 +292,7 @@ def test_within_experiments_errors_are_about_each_ones_own_mean_and_bars_are_rms
     table = pd.DataFrame({"filename": names, "measured": measured, "predicted": measured + random.normal(0.2, 0.5, 60)})
     table = table.assign(error=table["predicted"] - table["measured"])
     pd.DataFrame({"filename": names, "experiment_id": groups}).to_csv(tmp_path / "labels.csv", index=False)
-    args = argparse.Namespace(labels_path=tmp_path / "labels.csv", within="experiment_id", target=TARGET)
+    args = cross_validate.build_parser().parse_args(["--labels_path", str(tmp_path / "labels.csv")])
     found = cross_validate.judge_within(table, args)
     around = measured - pd.Series(measured).groupby(groups).transform("mean")
     assert found["val_r2_within_groups"] == pytest.approx(1 - (table["error"] ** 2).sum() / (around**2).sum())
