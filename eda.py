@@ -379,7 +379,8 @@ def explore(argv, started):
     logger.info("\n- ".join([heading, *summary["data_quality_issues"]]))
     if args.write_labels:
         write_labels(sheet, typed, rows, args)
-    sheet["photo_green_area"] = sheet["filename"].map(photos["green_area"]).astype(float)
+    areas = photos["green_area"].to_dict()
+    sheet["photo_green_area"] = [float(areas.get(name, np.nan)) for name in sheet["filename"]]
     summary |= {"baselines": measure_baselines(sheet, args), "drawn_data": drawn}
     lacking = [text for plot in FIGURES for text in write_figure(plot, sheet, photos, args)]
     if lacking:

@@ -263,6 +263,12 @@ def excel(rows, **options):
     return written.getvalue()
 
 
+def twice(rows, path):
+    with pd.ExcelWriter(path) as book:
+        for name in "AB":
+            rows.to_excel(book, sheet_name=name, index=False)
+
+
 def given(flag, make):
     """A file that holds make(data), given by `flag`."""
 
@@ -330,6 +336,21 @@ FAULTS = [
     read("a weight with a decimal comma and spaces", cell(TARGET, "  0,25 "), "read with decimal commas in"),
     read("a weight in mg", cell(TARGET, 250), r"^warning: 1 .* as if in mg: row 5 \(photo_03.png\)"),
     read("a plant number as text with spaces", cell("plant_number", "1 ")),
+    dropped("no plant number", cell("plant_number", None), "without plant_number: row 5"),
+    dropped("a weight in ounces", cell(TARGET, "5 oz"), "whose .* has another unit than g, mg or kg: row 5"),
+    dropped("a weight of 1-May", cell(TARGET, "1-May"), "whose .* is a date or a time, no number: row 5"),
+    dropped("a photo of two plants", again(plant_number=lambda plant: plant + 1), "of a photo of several", (3, 12)),
+    read("weights in mg and g", lambda data: data.rows.__setitem__(TARGET, [
+        f"{1000 * gram:g} mg" if gram > 0.3 else f"{gram:g}g" for gram in data.rows[TARGET]]), "mg brought to g"),
+    read("weights in mg by the name of their column", lambda data: (data.rows.__setitem__(
+        TARGET, 1000 * data.rows[TARGET]), renamed(data, {TARGET: "Fresh Weight Total (mg)"})), "mg brought to g"),
+    read("names of columns in other letters", lambda data: renamed(data, {"filename": "File Name"}), "'File Name' as"),
+    read("UTF-16", csv("utf-16", sep="\t"), "UTF-16"),
+    read("a file name without suffix", cell("filename", "photo_03"), "without suffix"),
+    read("a file name with another suffix", cell("filename", "photo_03.tif"), "without suffix"),
+    read("a photo in a subfolder", moved("images_med_res/may/photo_03.png", "photo_03.png"), "in a subfolder"),
+    bad_photo("a Git LFS pointer", content(lambda image: b"version https://git-lfs.github.com"), ".*Git LFS pointer"),
+    bad_photo("a HEIC photo", content(lambda image: b"\0\0\0\x18ftypheic" + bytes(64)), ".*(HEIC|unreadable)"),
     dropped("no file name", cell("filename", None), "without a file name: row 5"),
     dropped("a file name of spaces", cell("filename", "   "), "without a file name: row 5"),
     bad_photo("a file name that is a dot", cell("filename", "."), OUT),
@@ -406,6 +427,12 @@ FAULTS = [
         ("a Parquet file cut short", sheet(as_bytes(lambda rows: b"PAR1" + bytes(99)), "a.parquet"), "cannot read"),
         ("decimal commas not in quotes", sheet(as_bytes(lambda rows: b"filename,plant_number,fresh_weight_total\n"
             b"a.png,1,0,25\n"), "labels.csv"), "row 2 has more cells than there are columns"),
+        ("a lone quote", sheet(as_bytes(lambda rows: b"filename,plant_number,fresh_weight_total\n\"a.png,1,2\n"),
+                               "labels.csv"), "a quote in row 2 is never closed"),
+        ("commas that can be both", lambda data: (data.rows.__setitem__(TARGET, "1,234"), csv()(data)), "--decimal"),
+        ("a web page", sheet(as_bytes(lambda rows: rows.to_html().encode()), "labels.xls"), "it is a web page"),
+        ("no column of plants", lambda data: data.rows.pop("plant_number"), "--group_by filename where each"),
+        ("two sheets", sheet(lambda rows, path: twice(rows, path)), "--sheet_name, one of A, B"),
         ("25 rows above the names", below(*["Biomass,,,"] * 25), "no column 'filename'"),
         ("no column of weights", lambda data: renamed(data, {TARGET: "wet_weight_total"}),
          f"no column '{TARGET}'; nearest: 'wet_weight_total'"),
