@@ -296,7 +296,7 @@ def green_area_rmse(run, splits, args):
     """RMSE of the law of green area on the same folds; None where it cannot be: photos without green, weights of 0."""
     areas = run.batches.measured(np.arange(len(run.labels)))[:, plant.MEASURED.index("share")].astype(float)
     grams = run.dataset.targets.numpy().astype(float)
-    if (areas > 0).mean() < tm.WITH_PLANT or (grams <= 0).any():
+    if (areas > 0).mean() < features.WITH_PLANT or (grams <= 0).any():
         return None
     laws = [(plant.fit_law(areas[learn], grams[learn])[1], rows) for learn, rows in splits.values()]
     return math.sqrt(np.concatenate([(law(areas[rows]) - grams[rows]) ** 2 for law, rows in laws]).mean())

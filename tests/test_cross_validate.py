@@ -323,8 +323,8 @@ def test_the_verdict_is_withheld_where_erasing_takes_no_plant():
 
 
 def test_trackers_get_growing_steps_over_all_folds(drawn, tmp_path, monkeypatch):
-    logged, real = [], tm.importlib.util.find_spec
-    monkeypatch.setattr(tm.importlib.util, "find_spec", lambda name, *rest: name == "wandb" or real(name, *rest))
+    logged, real, wandb = [], tm.importlib.util.find_spec, tm.importlib.util.find_spec("json")
+    monkeypatch.setattr(tm.importlib.util, "find_spec", lambda name, *rest: wandb if name == "wandb" else real(name))
     monkeypatch.setattr(tm.Accelerator, "init_trackers", lambda *arguments: None)
     monkeypatch.setattr(tm.Accelerator, "log", lambda accelerator, values, step: logged.append((step, values)))
     train(drawn, tmp_path / "out", "--folds", 2, "--no_erasing", "--track", "wandb", script=cross_validate)

@@ -40,6 +40,10 @@ SETS = {  # set in recipes.csv and peers.csv: the folder of the recommended reci
     "drawn 400": "drawn_400",
     "drawn 4294": "cross_validation",
 }
+OTHERS = [  # in recipes.csv and peers.csv
+    "ridge on features", "Gaussian process on features", "forest on traits", "ridge on traits",
+    "traits of Otsu's mask, best of three models", "ridge on the last features of lite0", "fastai, lite0 fine-tuned",
+]  # fmt: skip
 SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
 
 
