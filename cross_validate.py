@@ -369,24 +369,15 @@ def draw_curve(squares, found, metrics, args):
     axis, unit = figure.subplots(), f" ({reading.unit_of(args.target)})".removesuffix(" ()")
     sizes, draws = np.array(found["plants"]), np.sqrt(squares.mean())
     for draw, rmse in draws.groupby(level=1):
-        axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", markersize=6, label="a draw" if draw == 1 else None)
-    axis.plot(sizes, found["rmse"], "o", color="#0072B2", markersize=3, label=f"mean of {DRAWS} draws")
+        axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", ms=6, label="a draw" if draw == 1 else None)
+    axis.plot(sizes, found["rmse"], "o", color="#0072B2", ms=3, label=f"mean of {DRAWS} draws")
     if "a" in found:
         along = np.geomspace(sizes[0], 2 * sizes[-1])
         law = power_law(along, *(found[name] for name in "abc"))
         told = f"{found['a']:.3g} + {found['b']:.3g} n$^{{-{found['c']:.2f}}}$"
         axis.plot(along, law, color="#0072B2", linewidth=1, label=told)
         ends = np.abs(np.array(found["twice_ci95"])[:, None] - found["twice"])
-        axis.errorbar(
-            2 * sizes[-1],
-            found["twice"],
-            ends,
-            fmt="s",
-            color="black",
-            ms=3,
-            capsize=4,
-            label="forecast, 95 % interval",
-        )
+        axis.errorbar(2 * sizes[-1], found["twice"], ends, fmt="ks", ms=3, capsize=4, label="forecast, 95 % interval")
     lines = {"training mean": ("baseline_mean_rmse", "#777777", "--")}
     lines |= {"green-area law": ("green_area_rmse", "#E69F00", "-."), "noise floor": ("noise_floor_rmse", "black", ":")}
     for label, (name, colour, style) in lines.items():
