@@ -369,15 +369,15 @@ def draw_curve(squares, found, metrics, args):
     axis, unit = figure.subplots(), f" ({reading.unit_of(args.target)})".removesuffix(" ()")
     sizes, draws = np.array(found["plants"]), np.sqrt(squares.mean())
     for draw, rmse in draws.groupby(level=1):
-        axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", markersize=4, label="a draw" if draw == 1 else None)
-    axis.plot(sizes, found["rmse"], "o", color="#0072B2", markersize=6, label=f"mean of {DRAWS} draws")
+        axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", ms=6, label="a draw" if draw == 1 else None)
+    axis.plot(sizes, found["rmse"], "o", color="#0072B2", ms=3, label=f"mean of {DRAWS} draws")
     if "a" in found:
         along = np.geomspace(sizes[0], 2 * sizes[-1])
         law = power_law(along, *(found[name] for name in "abc"))
         told = f"{found['a']:.3g} + {found['b']:.3g} n$^{{-{found['c']:.2f}}}$"
         axis.plot(along, law, color="#0072B2", linewidth=1, label=told)
         ends = np.abs(np.array(found["twice_ci95"])[:, None] - found["twice"])
-        axis.errorbar(2 * sizes[-1], found["twice"], ends, fmt="s", color="black", label="forecast, 95 % interval")
+        axis.errorbar(2 * sizes[-1], found["twice"], ends, fmt="ks", ms=3, capsize=4, label="forecast, 95 % interval")
     lines = {"training mean": ("baseline_mean_rmse", "#777777", "--")}
     lines |= {"green-area law": ("green_area_rmse", "#E69F00", "-."), "noise floor": ("noise_floor_rmse", "black", ":")}
     for label, (name, colour, style) in lines.items():
@@ -385,7 +385,7 @@ def draw_curve(squares, found, metrics, args):
             axis.axhline(level, color=colour, linestyle=style, linewidth=1.2, label=label)
     named = writing.plain(reading.group_name(args.group_by))
     axis.set(xscale="log", ylim=(0, None), ylabel=f"RMSE of {writing.plain(args.target)}{unit}")
-    axis.set_xlabel(f"{named}s weighed, n; each point by the same {len(squares):,} photos")
+    axis.set_xlabel(f"{named}s weighed, n; each point by the same {len(squares):,} photos", fontsize=9)
     ticks = [*sizes, 2 * sizes[-1]] if "a" in found else sizes
     axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axis.minorticks_off()

@@ -111,7 +111,9 @@ def test_plants_that_lose_weight_scatter_or_share_a_name_are_noted(tmp_path):
     table.loc[(of == 4) & (table["timestamp"] > "2024-05-01"), "plant_number"] = np.nan
     table = pd.concat([table, twice.head(1)])
     table[["low_g", "high_g"]] = table[["predicted_g"]].to_numpy() * [0.9, 1.1]
-    note = judge(table, tmp_path).set_index("plant_number")["note"].fillna("")
+    found = judge(table, tmp_path).set_index("plant_number")
+    note, unsure = found["note"].fillna(""), found["growth_rate_low"] <= 0
+    assert unsure[2] and found.loc[unsure, "doubling_days"].isna().all()
     assert note[1] == "loses weight: harvested, wilted, or mistaken for another?"
     assert "times as far around its line as others: several plants?" in note[2]
     assert "photos of 2024-05-01 differ more than 2-fold: one name for two plants?" in note[3]
