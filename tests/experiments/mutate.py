@@ -30,7 +30,7 @@ FORKS = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver"
 if os.name != "nt":  # whose imports take longer than most tests
     FORKS.set_forkserver_preload("accelerate timm torchvision sklearn.decomposition skimage.measure pytest".split())
 TRAIN, CROSS, PREDICT, EDA, DRAW = "train_model.py", "cross_validate.py", "predict.py", "eda.py", "make_sample_data.py"
-READING, PLANT = "biomass/reading.py", "biomass/plant.py"
+READING, PLANT, GROWTH = "biomass/reading.py", "biomass/plant.py", "growth.py"
 FEATURES, WRITING = "biomass/features.py", "biomass/writing.py"
 
 
@@ -260,23 +260,38 @@ CHANGES = [
      "plants too light for the interval are not marked", "predict: weighted_errors"),
     (PREDICT, 'errors = known["predicted"] - known["measured"]', 'errors = known["measured"] - known["predicted"]',
      "the bias told has the other sign", "predict: measured_weights"),
-    (PREDICT, "most = (count - 1) / (count + 1)", "most = count / (count + 1)",
+    (WRITING, 'return (calibration["groups"] - 1) / (', 'return calibration["groups"] / (',
      "few plants promise more than they can", "predict: its_plants_can"),
     (PREDICT, "batches.measured(np.arange(len(good))), args.mm_per_pixel).set_axis(good.index)",
      "batches.measured(np.arange(len(good))[::-1]), args.mm_per_pixel).set_axis(good.index)",
      "plants get the traits of others", "recipe: traits_are_those and predict"),
-    (PREDICT, '"outside": "outside interval", "unlike": "unlike training"',
-     '"unlike": "outside interval", "outside": "unlike training"', "a red photo's reason is the other one",
-     "predict: measured_weights"),
     (PREDICT, "dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, augmentation)",
      "dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, tm.Augmentation(0, 0))",
      "predict.py weighs one version where the training weighed eight", "recipe: mean_over_eight"),
+    # growth, and how many plants must be weighed
+    (GROWTH, "line = stats.linregress(times, logs)", "line = stats.linregress(logs, times)",
+     "the growth rate is days a ln g", "growth: numpy"),
+    (GROWTH, '"doubling_days"] = math.log(2) / rate', '"doubling_days"] = 1 / rate', "doubling takes too long",
+     "growth: numpy"),
+    (GROWTH, "reach = stats.t.ppf(0.975, freedom)", "reach = stats.t.ppf(0.9, freedom)", "95 % intervals hold 80 %",
+     "growth: textbooks"),
+    (GROWTH, "stats.ttest_ind(other, one,", "stats.ttest_ind(one, other,", "the slower group is called the faster one",
+     "growth: compared"),
+    (GROWTH, "confidence_interval(1 - 0.05 / len(pairs))", "confidence_interval(1 - 0.05)",
+     "of many pairs of groups one differs by chance", "growth: compared"),
+    (READING, "return numbers / 86400, True", "return numbers / 3600, True", "Unix seconds are hours, called days",
+     "growth: formats"),
+    (CROSS, 'errors = pd.Series(done[part]["predicted"].numpy(), split[1]) -',
+     'errors = pd.Series(done[part]["predicted"].numpy(), split[1][::-1]) -',
+     "the learning curve compares predictions with other plants", "cross_validate: learning_curve_trains"),
+    (CROSS, "return a + b * plants**-c", "return a + b * plants ** (-c / 2)", "the curve falls half as fast as it says",
+     "cross_validate: learning_curve"),
     # the audit, and drawn data
     (EDA, "> 0.001 + 0.01 * total.abs()", "> 1 + 0.01 * total.abs()", "the audit misses a total that is no sum",
      "eda: drawn_fault"),
     (EDA, "digests.duplicated(keep=False)", "digests.duplicated()", "the audit misses copies of photos",
      "eda: drawn_fault"),
-    (EDA, 'typed, weights < 0, target', 'typed, weights < -1, target', "the audit misses a negative weight",
+    (EDA, "(weights < 0) & is_weight", "(weights < -1) & is_weight", "the audit misses a negative weight",
      "eda: drawn_fault"),
     (EDA, "(times.max() - times.min()) / 86400", "(times.max() - times.min()) / 3600", "hours are called days",
      "eda: summary"),
