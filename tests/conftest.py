@@ -20,6 +20,7 @@ import pytest
 import torch
 import torchvision
 
+import cross_validate
 import make_sample_data
 import train_model
 from biomass import features, reading, writing
@@ -62,8 +63,9 @@ def flags_of(data, out, *flags):
 
 @contextlib.contextmanager
 def quick(pictures=False):
-    """Leave out what takes seconds: the compilation for OpenVINO, which two tests look at, and pictures."""
+    """Leave out what takes seconds: the compilation for OpenVINO, which two tests look at, most pictures."""
     with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(cross_validate, "SHOWN", 2))
         patched.enter_context(mock.patch.object(features, "has_openvino", lambda: False))
         for name in ("plot_curves", "plot_predictions", "plot_worst") if not pictures else ():
             patched.enter_context(mock.patch.object(writing, name, lambda *arguments: None))

@@ -37,7 +37,8 @@ def plant_truth(folder, kind, photos=PHOTOS):
     ("kind", "least", "most", "sentence"),
     [("background", 0.5, 1, "mostly from the background"), ("plants", -1, 0.3, "read from the plants")],
 )
-def test_planted_truth_is_found(kind, least, most, sentence, tmp_path):
+def test_planted_truth_is_found(kind, least, most, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(cross_validate, "SHOWN", 3)  # as each takes a second
     plant_truth(tmp_path / "data", kind)
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
     flags += ["--recipe", "recommended", "--image_size", "96", "--epochs", "10", "--least_steps", "20", "--folds", "3"]

@@ -436,8 +436,16 @@ def test_what_matters_is_computed_anew_and_nothing_else(drawn, copied, tmp_path,
     assert computed(capsys) == all_rows
 
 
-def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_not(drawn, tmp_path, run_script):
-    for name in ("train_model.py", "biomass"):
+COPIED = f"""import sys
+sys.path[:0] = ["", {str(ROOT / "tests")!r}, {str(ROOT)!r}]
+import conftest, train_model
+with conftest.quick():
+    sys.exit(train_model.main(sys.argv[1:]))
+"""  # runs the copy in the folder where it starts
+
+
+def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_not(drawn, tmp_path):
+    for name in ("train_model.py", "cross_validate.py", "biomass"):
         (shutil.copytree if name == "biomass" else shutil.copy)(ROOT / name, tmp_path / name)
     script = tmp_path / "train_model.py"
     counts, helper = [], "def rarely(photo):\n    return photo\n\n\nclass StudyAugmentation("
@@ -450,7 +458,8 @@ def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_no
     ):  # fmt: skip
         assert old in script.read_text()
         script.write_text(script.read_text().replace(old, new, 1))
-        done = run_script(script, *flags_of(drawn, tmp_path / "out", "--epochs", 1), cwd=tmp_path)
+        command = [sys.executable, "-c", COPIED, *flags_of(drawn, tmp_path / "out", "--epochs", 1)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         counts.append(int(re.search(r"found, (\d+) to compute", done.stdout)[1]))
     metrics = pd.read_json(tmp_path / "out" / "metrics.txt", typ="series")
