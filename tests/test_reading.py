@@ -277,7 +277,7 @@ def written(grams, style, units):
     number = f"{grams * reading.PER_GRAM[unit or 'g']:,.7f}".rstrip("0").rstrip(".")
     text = number.translate({ord(","): thousands, ord("."): sign})
     alike = re.fullmatch(r"[1-9]\d{0,2}[.,]\d{3}", text)
-    shown = None if alike else sign if sign in text or (thousands and thousands in text) else ""
+    shown = None if alike else sign if sign in text or (thousands in (",", ".") and thousands in text) else ""
     return text + (f" {unit}" if unit else ""), shown
 
 
@@ -297,8 +297,10 @@ def sheets(draw):
     gaps = draw(st.sets(st.integers(0, count - 1), max_size=2))
     own_units = [draw(st.sampled_from(units)) for _ in grams]
     texts = [written(gram, style, unit) for gram, unit in zip(grams, own_units, strict=True)]
-    if style == ",." and not any(sign for _, sign in texts):  # 1.234 alone is what it says
-        texts = [written(gram, ",", unit) for gram, unit in zip(grams, own_units, strict=True)]
+    semicolons = kind in (";", "cp1252")
+    if (style == ",." or (style == ".," and semicolons)) and not any(sign for _, sign in texts):
+        # 1.234 alone is what it says, and 1,234 between semicolons has decimals
+        texts = [written(gram, style[0], unit) for gram, unit in zip(grams, own_units, strict=True)]
     plain = kind in ("xlsx", "parquet") and some(True, False)  # numbers in cells, not texts
     cells = [None if n in gaps else grams[n] if plain else texts[n][0] for n in range(count)]
     table = pd.DataFrame(
