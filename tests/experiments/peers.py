@@ -1,8 +1,8 @@
 """What else could one pick? Simpler or well-known ways on the same photos and the same folds as cross_validate.py's.
 
-    python3 -m venv peers_venv
-    peers_venv/bin/pip install -r requirements.txt -r tests/experiments/peers_requirements.txt
-    peers_venv/bin/python tests/experiments/peers.py --real FOLDER --sets lettuce pigs
+    python3 -m venv ../peers_venv
+    ../peers_venv/bin/pip install -r requirements.txt -r tests/experiments/peers_requirements.txt
+    ../peers_venv/bin/python tests/experiments/peers.py --real FOLDER --sets lettuce pigs
 
 Traits of a mask, by excess green or by Otsu's threshold of the colour's distance from the photo's edge, with a ridge, a
 forest or boosted trees, whichever is best in folds of the training rows; a ridge on the last features of lite0; the
