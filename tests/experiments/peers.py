@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--only", nargs="+", help="parts of the names of peers")
     args = parser.parse_args()
     table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame(columns=COLUMNS)
+    commit = tm.git("rev-parse", "HEAD")  # of the code that is loaded, whatever is committed meanwhile
     for name, data in find_sets(args).items():
         done = set(table.loc[table["set"] == name, "peer"])
         peers = [peer for peer in PEERS if peer not in done]
@@ -177,7 +178,7 @@ def main():
             started, splits = time.perf_counter(), cross_validate.folds_by_plant(run.labels, recipe).items()
             found = score(run, recipe, splits, PEERS[peer](run, recipe))
             line = {"set": name, "peer": peer, "rmse": found["val_rmse"], "r2": found["val_r2"]}
-            line |= {"seconds": round(time.perf_counter() - started), "commit": tm.git("rev-parse", "HEAD")}
+            line |= {"seconds": round(time.perf_counter() - started), "commit": commit}
             print("{set:12s} {peer:50s} RMSE {rmse:.4f}  R2 {r2:.3f}  {seconds} s".format(**line), flush=True)
             table = pd.concat([table, pd.DataFrame([line])])
             table.to_csv(TABLE, columns=COLUMNS, index=False, float_format="%.6g")

@@ -271,7 +271,6 @@ def read_table():
 
 def add_line(**line):
     """Append to the table at once, so that a run that is stopped goes on from here."""
-    line |= {"commit": tm.git("rev-parse", "HEAD")}
     lines = pd.DataFrame([line], columns=COLUMNS)
     lines.to_csv(TABLE, mode="a", header=not TABLE.is_file(), index=False, float_format="%.6g")
     print("{set:12s} {recipe:35s} seed {seed}  RMSE {rmse:.4f}".format(**line), flush=True)
@@ -279,15 +278,15 @@ def add_line(**line):
 
 def judge_set(name, data, seeds_of):
     """Compute the lines of a set that are wanted, {recipe: seeds}, and not there yet."""
-    table = read_table().query("set == @name")
+    table, commit = read_table().query("set == @name"), tm.git("rev-parse", "HEAD")
     done = set(zip(table["recipe"], table["seed"], strict=True))
     lacking = {recipe: [seed for seed in seeds if (recipe, seed) not in done] for recipe, seeds in seeds_of.items()}
     for recipe in [recipe for recipe, seeds in lacking.items() if seeds and recipe in RECIPES]:
         for seed, rmse in judge_recipe(recipe, data, lacking[recipe]):
-            add_line(set=name, recipe=recipe, seed=seed, rmse=rmse)
+            add_line(set=name, recipe=recipe, seed=seed, rmse=rmse, commit=commit)
     yardsticks = [recipe for recipe, seeds in lacking.items() if seeds and recipe in YARDSTICKS]
     for yardstick, rmse in judge_yardsticks(yardsticks, data) if yardsticks else ():
-        add_line(set=name, recipe=yardstick, seed=SEED, rmse=rmse)
+        add_line(set=name, recipe=yardstick, seed=SEED, rmse=rmse, commit=commit)
 
 
 def compare(table):
