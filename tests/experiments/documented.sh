@@ -40,7 +40,7 @@ if [ -n "$real" ]; then
 fi
 python predict.py --model models/biomass_cross_validated.pt --labels_path full_sample/digital_biomass_labels.xlsx \
     --image_dir full_sample/images_med_res --out models/predictions.csv --sheet figures/contact_sheet.png
-python tests/experiments/growth.py --model models/biomass_cross_validated.pt ${real:+--real "$real"}
+python tests/experiments/growth.py --model models/biomass_cross_validated.pt ${real:+--real "$real/pigs"}
 python tests/experiments/erasing.py $full
 python tests/test_faults.py
 python tests/experiments/benchmark.py $full

@@ -28,7 +28,7 @@ def main():
     shot = table["filename"].map(pd.read_csv(images.parent / "labels.csv").set_index("filename")["photo_no"])
     shown = table[shot == 1].drop_duplicates("plant").iloc[:-1]  # mostly from above
     shown = shown.iloc[np.linspace(0, len(shown) - 1, COUNT).round().astype(int)]
-    figure = Figure(figsize=(9.6, 2.3), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.35), layout="constrained")
     for axis, row in zip(figure.subplots(1, COUNT), shown.itertuples(), strict=True):
         axis.imshow(ImageOps.fit(reading.open_photo(images / row.filename), (SIDE, SIDE)))
         axis.set_axis_off()
