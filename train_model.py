@@ -147,9 +147,9 @@ RECIPES = {  # flags; one that is given beside --recipe wins
     "recommended": """--model_name tf_efficientnet_lite0 --image_size 288 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
-    "all_layers": """--model_name tf_efficientnet_lite0 --image_size 224 --features last stages traits
+    "all_layers": """--model_name tf_efficientnet_lite0 --image_size 160 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
-        --unfreeze_backbone --head_epochs 40 --epochs 8 --backbone_learning_rate 1e-4
+        --unfreeze_backbone --head_epochs 40 --epochs 6 --backbone_learning_rate 5e-5
         --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
