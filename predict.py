@@ -216,7 +216,8 @@ def draw_sheet(table, checkpoint, args):
     for axis, (_, row) in zip(axes.flat, shown.iterrows(), strict=False):
         axis.imshow(reading.open_photo(row["_path"]).resize((108, 108)))
         mark = ", unlike" * bool(row["unlike"]) + ", outside" * row["outside"]
-        text, colour = f"{Path(row['filename']).stem[-16:]}\n{row['predicted']:.3f}{unit}{mark}", MARKED if mark else "black"
+        text, colour = f"{row['predicted']:.3f}{unit}{mark}", MARKED if mark else "black"
+        text = f"{Path(row['filename']).stem[-16:]}\n{text}"
         axis.set_title(writing.plain(text), fontsize=9, color=colour, pad=3)
         draw_bar(axis, row, most)
     first = f", first {len(marked):,} of {found:,} unlike training photos or outside their interval" if found else ""
