@@ -35,6 +35,7 @@ MOST_ERASED = 500  # photos that are also predicted erased; so many tell r well 
 SHARES, DRAWS, FEWEST = (1 / 16, 1 / 8, 1 / 4, 1 / 2), 3, 10  # of the training plants on a learning curve; plants
 LEAST_PLANT, MOST_PLANT = 0.0005, 0.7  # of the frame, in the median photo, between which it can be the plant
 ERASED = {"plant erased": plant.erase_plant, "background erased": plant.erase_background}
+MOST_DESCRIBED = 5000  # photos that tell what is familiar; more would cost memory
 
 logger = logging.getLogger("biomass")
 
@@ -83,7 +84,8 @@ def train_fold(run, args, split, name):
     batches, (learn, held_out) = run.batches, split
     watch, epochs = held_out, args.epochs
     if args.patience:
-        kept, aside = tm.split_by_plant(run.labels.iloc[learn], args)
+        labels = run.labels.iloc[learn]
+        kept, aside = tm.check_split(labels, tm.split_by_plant(labels, args), args, name)
         learn, watch, epochs = learn[kept], learn[aside], None
     model = tm.new_model(batches, run.backbone, learn)
     outcome = tm.fit(model, batches, (learn, watch), run.progress, name, epochs)
@@ -146,6 +148,8 @@ def describe_features(found):
     """
     from sklearn.decomposition import PCA
 
+    if len(found) > MOST_DESCRIBED:
+        found = found[np.random.default_rng(0).permutation(len(found))[:MOST_DESCRIBED]]
     found = np.asarray(found, np.float64)
     mean = found.mean(0)
     scale = float((found - mean).std()) or 1.0  # one for all, see BiomassModel.fit_features
@@ -359,7 +363,8 @@ def tell_curve(found, falls, args):
         return f"{text} is better up to {most:.0f} {named}"
     if first <= green:
         return f"{text} is worse from {least:.0f} {named} on"
-    crossing = ((green - found["a"]) / found["b"]) ** (-1 / found["c"])
+    falling = np.minimum.accumulate(found["rmse"])  # between the sizes that were tried, as n is drawn
+    crossing = np.exp(np.interp(-green, -falling, np.log(found["plants"])))
     return f"{text} is better below {crossing:.0f} {named}"
 
 
@@ -413,9 +418,7 @@ def report_curve(run, splits, table, args):
 
 def judge_within(table, args):
     """Errors within each value of the --within column, as a pooled R2 can come from differences between them alone."""
-    sheet = (
-        reading.read_sheet(args.labels_path, {args.within: ""}, args).drop_duplicates("filename").set_index("filename")
-    )
+    sheet = read_again(args, {args.within: ""}).drop_duplicates("filename").set_index("filename")
     if args.within not in sheet or sheet[args.within].isna().all():
         logger.info(f"not judged within {args.within}: the sheet has no such column, or it is empty")
         return {}
@@ -479,10 +482,14 @@ def held_out_table(run, splits, results, args):
     return add_intervals(add_time(pd.concat(tables), args), run.labels, args)
 
 
+def read_again(args, wanted):
+    """The sheet with more columns; by those of the training too, so that the same one of a workbook is taken."""
+    return reading.read_sheet(args.labels_path, wanted | reading.asked_columns(args), args, args.target)
+
+
 def add_time(table, args):
     """`table` with the column of the sheet that says when each photo was taken, which growth.py asks for."""
-    wanted = {args.time_column: "--time_column"} if args.time_column else {}
-    sheet = reading.read_sheet(args.labels_path, wanted, args)
+    sheet = read_again(args, {args.time_column: "--time_column"} if args.time_column else {})
     name = args.time_column = reading.time_column(args.time_column, sheet)
     if name is None or name in table:
         return table

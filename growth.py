@@ -35,13 +35,14 @@ def choose_columns(names, args):
     args.value = args.value or next((name for name in names if name.startswith("predicted")), None)
     args.time = args.time or reading.time_column(None, names)
     kept = itertools.takewhile(lambda name: not name.startswith(("predicted", "measured")), names)  # before weights
-    args.plant = args.plant or [name for name in kept if name not in ("filename", "fold", args.time)]
-    args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])])) or [None]
+    others = "filename", "fold", args.time, args.value, args.compare
+    args.plant = args.plant or [name for name in kept if name not in others] or [None]
+    args.plant = list(dict.fromkeys([*args.plant, *filter(None, [args.compare])]))
     for flag, columns in (("value", [args.value]), ("time", [args.time]), ("plant or --compare", args.plant)):
         if lost := [name for name in columns if name not in names]:
             fault = f"no column '{lost[0]}'" if lost[0] else f"no column that tells the {flag[:5]} by its name"
             raise UserError(f"{args.table} has {fault}: name one by --{flag}, of {', '.join(names[:20])}")
-    args.unit = args.value.partition("_")[2] if args.value.startswith("predicted") else reading.unit_of(args.value)
+    args.unit = reading.unit_of(args.value)
 
 
 def gather(table, args):
@@ -61,7 +62,7 @@ def gather(table, args):
 
 def error_told(table, value, args):
     """One standard deviation of each weight's error, as its share, by low and high; 0 where the table lacks them."""
-    ends = [next((name for name in table if name.startswith(end)), None) for end in ("low", "high")]
+    ends = [next((name for name in (f"{end}_{args.unit}", end) if name in table), None) for end in ("low", "high")]
     of_others = any(name.startswith("predicted") and not args.value.startswith("predicted") for name in table)
     if None in ends or of_others or table[ends].isna().all(axis=None):
         logger.info(f"no low and high of {args.value}: intervals of growth lack errors that photos of a plant share")

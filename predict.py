@@ -177,6 +177,7 @@ def write_table(table, traits, checkpoint, args):
     with writing.whole_file(args.out) as partial:
         written = pd.concat([table[["filename", *args.kept]], numbers, note.rename("note"), traits], axis=1)
         written = written.assign(**{"drawn_data": True} if reading.is_drawn(args.labels_path) else {})
+        written = writing.whole_numbers(written)
         written.to_csv(partial, index=False, float_format="%.9g", errors="backslashreplace")
 
 

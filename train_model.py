@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -37,7 +38,9 @@ try:
     from biomass import features, plant, reading, writing
     from biomass.reading import UserError
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {Path(__file__).name} needs the folder biomass/ beside it: copy it there too ({error})")
+    ours = (error.name or "").startswith("biomass")
+    mend = "needs the folder biomass/ beside it: copy it there too" if ours else "pip install -r requirements.txt"
+    sys.exit(f"error: {Path(__file__).name} {mend} ({error})")
 
 import numpy as np
 import torch
@@ -246,6 +249,10 @@ class BiomassDataset(Dataset):
         return self.traits[edit][rows], self.metadata[rows], self.targets[rows]
 
     def look(self, row, versions, edit):
+        return self.pixels(self.open(row), versions, edit, self.contents[row])
+
+    def open(self, row):
+        """The photo of a row, RGB; raises UserError if it cannot be read any more, or is another one."""
         try:
             content = reading.read_file(self.paths[row])
             photo = reading.open_photo(content)
@@ -255,7 +262,7 @@ class BiomassDataset(Dataset):
             raise UserError(f"{self.paths[row]}: {reading.fault_of(error)}; replace it or remove its row") from None
         if reading.digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
-        return self.pixels(photo, versions, edit, self.contents[row])
+        return photo
 
     def pixels(self, photo, versions=(0,), edit=None, content=""):
         """Versions of a Pillow photo as the backbone takes them: uint8 (len(versions), 3, size, size)."""
@@ -441,7 +448,7 @@ def new_model(batches, backbone, train_rows):
     plan = reading.plan_metadata(dataset.labels.iloc[train_rows], args.metadata_columns)
     dataset.metadata = torch.from_numpy(reading.encode_metadata(dataset.labels, plan))
     backbone = copy.deepcopy(backbone) if features.learns(args) else backbone
-    learn_from = args.unfreeze_from if args.freeze_backbone else ""
+    learn_from = args.unfreeze_from or (None if args.freeze_backbone else "")
     widths = dataset.traits[None].shape[1], dataset.metadata.shape[1]
     model = BiomassModel(backbone, learn_from, *widths, args.target_transform, args.dropout)
     model.still_norms = args.head_epochs > 0  # as the head learns first from features of these statistics
@@ -524,7 +531,7 @@ def fit(model, batches, split, progress, name="", epochs=None):
     choose_best = epochs is None and len(watch) > 0
     optimizer, schedule = make_optimizer(model, args)
     deviation = float(model.to_loss_unit(batches.dataset.targets[learn].to(accelerator.device)).std())
-    loss_function = LOSSES[args.loss](deviation or 1.0)
+    loss_function = LOSSES[args.loss](deviation if deviation > 0 else 1.0)  # of a single row it is not a number
     if model.learns and args.head_epochs and name not in progress.states:
         train_head(model, batches, learn, loss_function)
     torch.manual_seed(args.seed + accelerator.process_index * model.learns)  # no two processes drop out the same
@@ -588,7 +595,7 @@ def log_epoch(row, name, progress, batches):
     logger.info(f"{name}epoch {row['epoch']}/{args.epochs}  {losses}{rmse}")
     if args.track:
         before = sum(len(result["history"]) for result in progress.results.values())  # trackers want growing steps
-        part = f"{name.partition('/')[0].strip().replace(' ', '_')}/" if name else ""
+        part = "_".join(re.findall(r"[^\W_]+", name)) + "/" if name else ""
         batches.accelerator.log({f"{part}{what}": value for what, value in row.items()}, step=before + row["epoch"])
 
 
@@ -703,7 +710,7 @@ def save_checkpoint(model, args, epoch, calibration=None, familiar=None):
 def describe_run(script, argv, args, labels, engine):
     """How the numbers were made: command, commit, versions, device and a fingerprint of the data."""
     columns = list(dict.fromkeys(["filename", "_content", args.target, *args.group_by, *args.metadata_columns]))
-    packages = "torch torchvision timm accelerate openvino numpy pandas scikit-learn pillow".split()
+    packages = "torch torchvision timm accelerate openvino numpy scipy pandas scikit-learn scikit-image pillow".split()
     several, device = PartialState().num_processes, engine.device
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     changed = git("status", "--porcelain", "--", "*.py", "requirements.txt")
@@ -800,7 +807,8 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
         "--recipe", choices=list(RECIPES), default="study", help="sets the flags of a whole recipe, but for those given"
     )
     add("--model_name", default="resnet18", help="backbone: any of torchvision's classifiers, else any of timm's")
-    add("--weights", default="imagenet", help="of the backbone: imagenet, none (random), a .pth or .safetensors FILE")
+    text = "of the backbone: imagenet, none (random), a .pth or .safetensors FILE"
+    add("--weights", type=os.path.expanduser, default="imagenet", help=text)
     add("--image_size", type=number(int, 32, 2048), help="pixels a side (default: as the weights were trained)")
     add("--features", nargs="+", choices=["last", "stages", "traits"], default=["last"], help=FEATURES)
     add("--standardize_features", action="store_true", help="centre features, divide all by one common deviation")
@@ -857,11 +865,13 @@ def parse_arguments(parser, argv):
     return args
 
 
-def complete_arguments(args, started):
+def complete_arguments(args):
     """Fill in what hangs on other flags; find out before the work what would stop the run after it."""
     reading.complete_data_flags(args)
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
+    if not features.learns(args) and RECIPES[args.recipe] and "--backbone_learning_rate" in RECIPES[args.recipe]:
+        args.backbone_learning_rate = None  # the recipe's, beside --freeze_backbone
     if args.backbone_learning_rate and not features.learns(args):
         raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -887,13 +897,15 @@ def open_store(args, started):
 def prepare(script, argv, args, started, recipe=()):
     """What a run needs before its first training, as a namespace; `recipe` is code that its result hangs on too."""
     begun = time.perf_counter()
-    complete_arguments(args, started)
+    complete_arguments(args)
     store, accelerator = open_store(args, started), start_accelerator(args, started)
     # a head's batches are so small that threads would only wait for each other
     torch.set_num_threads(reading.cores() if features.learns(args) else 1)
     labels, known = reading.load_labels(args), store.known_photos()
-    if args.target_transform in BENDS and (labels[args.target] <= 0).any():
-        raise UserError(f"--target_transform {args.target_transform} needs {args.target} above 0")
+    lowest = labels[args.target].min()
+    if (args.target_transform == "log" and lowest <= 0) or (args.target_transform == "sqrt" and lowest < 0):
+        text = f"--target_transform {args.target_transform} cannot take {lowest:g}, the least {args.target}"
+        raise UserError(f"{text}; pass --target_transform standardize")
     if args.target_transform == "none" and labels[args.target].abs().mean() > LARGE_TARGET:
         logger.info(f"warning: {args.target} is {labels[args.target].mean():,.4g} in the mean, far from where the head "
                     "starts: pass --target_transform standardize")  # fmt: skip

@@ -364,18 +364,19 @@ def reader(dataset, width, store, keys, wanted):
 def measure(function, dataset, store, accelerator, which):
     """What function(photo) gives of photos, `which` rows with what edit: float32 (len(rows), k), kept in the store."""
     rows, edit = which
-    key = reading.digest(package_version("pillow"), code_of(function, reading.open_photo, *filter(None, [edit])))
+    versions = map(package_version, ("pillow", "scikit-image", "scipy", "numpy"))
+    key = reading.digest(*versions, code_of(function, reading.open_photo, *filter(None, [edit])))
     held = store.contents(key)
-    missing = {dataset.contents[row]: dataset.paths[row] for row in rows if dataset.contents[row] not in held}
+    missing = {dataset.contents[row]: row for row in rows if dataset.contents[row] not in held}
 
-    def look(path):
-        photo = reading.open_photo(path)
+    def look(row):
+        photo = dataset.open(row)
         return function(edit(photo) if edit else photo)
 
     accelerator.wait_for_everyone()  # all have read the same before any writes
     with accelerator.split_between_processes(list(missing.items())) as own:
         bar = {"max_workers": reading.cores(), "unit": "photo", "desc": function.__name__, "disable": None}
-        found = thread_map(look, [path for _, path in own], **bar)
+        found = thread_map(look, [row for _, row in own], **bar)
         store.add([(key, content) for content, _ in own], found)
     accelerator.wait_for_everyone()
     return store.read(key, dataset.contents[rows])
@@ -427,6 +428,8 @@ class Batches:
 
     def measured(self, rows, edit=None):
         """What plant.MEASURED names of the rows' photos, from the store: float32 (len(rows), k)."""
+        if not len(rows):
+            return np.empty((0, len(plant.MEASURED)), np.float32)
         return measure(plant.measure_traits, self.dataset, self.store, self.accelerator, (rows, edit))
 
     def reader(self, wanted):
@@ -541,6 +544,16 @@ def code_of(*things):
         for module in [value for value in used.values() if getattr(value, "__package__", "") == "biomass"]:
             used |= {part: vars(module)[part] for part in parts & vars(module).keys()}
         waiting += [value for value in used.values() if inspect.isfunction(value) or inspect.isclass(value)]
-        plain = (bool, int, float, str, tuple, np.ndarray)
-        texts |= {name: repr(value) for name, value in used.items() if isinstance(value, plain)}
+        texts |= {name: told for name, value in used.items() if (told := code_of_value(value)) is not None}
     return repr(sorted(texts.items()))
+
+
+def code_of_value(value):
+    """Text of a constant, with the source of functions in tables such as LOSSES; None of modules and the like."""
+    if isinstance(value, (list, tuple, dict)):
+        parts = value.items() if isinstance(value, dict) else value
+        return str([code_of_value(part) for part in parts])
+    if inspect.isfunction(value):
+        return inspect.getsource(value)
+    plain = (bool, int, float, str, type(None), np.ndarray)
+    return repr(value) if isinstance(value, plain) else getattr(value, "__qualname__", None)

@@ -210,9 +210,6 @@ def turns(centre):
         yield matrix, centre - 0.5 - matrix @ (centre - 0.5)
 
 
-ERASERS = {"plant erased": erase_plant, "background erased": erase_background}
-
-
 # ---------------------------------------------------------------- where a model looks
 
 

@@ -187,9 +187,10 @@ def choose_table(path, tables, wanted):
     """The one of a file's tables whose columns are the wanted ones, and the number of the row that names them."""
     tops = [find_header(table.read(HEADER_WITHIN), wanted) for table in tables]
     best = max(range(len(tables)), key=lambda number: tops[number][:2])
-    (found, _, header), table = tops[best], tables[best]
-    able = [other.sheet for other, top in zip(tables, tops, strict=True) if top[0] == found and other.sheet]
-    if len(able) > 1 and found == len(wanted):
+    header, table = tops[best][2], tables[best]
+    needed = [name for name, flag in wanted.items() if flag]  # others may be absent, and choose no sheet
+    able = [other.sheet for other in tables if find_header(other.read(HEADER_WITHIN), needed)[0] == len(needed)]
+    if len(able) > 1 and able[0]:
         raise UserError(f"{path} has several sheets with these columns: pass --sheet_name, one of {', '.join(able)}")
     said = (*table.said, f"sheet '{table.sheet}'") if best and table.sheet else table.said
     return table._replace(said=said), header
@@ -670,6 +671,8 @@ def drop_faulty(rows, unnamed=""):
 def name_rows(rows, details=None, most=10):
     """The rows as a spreadsheet numbers them, with their photo and what is wrong with it."""
     shown = rows[["filename"]].astype(object).fillna("no file name").assign(details="" if details is None else details)
+    if "_row" in rows:
+        shown = shown.set_axis(rows["_row"])
     names = [f"row {row + 2} ({one_line(name)[:200]}) {text}".strip() for row, name, text in shown[:most].itertuples()]
     return ", ".join(names) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
 
@@ -685,7 +688,7 @@ def filter_missing_images(labels, args, known):
     labels = drop_faulty(blame_repeated(labels, "_path", args))  # one photo by several spellings of its name
     if labels.empty:
         raise UserError(f"no photo of the sheet can be read in {args.image_dir}: pass --image_dir")
-    return labels.reset_index(drop=True)
+    return labels.rename_axis("_row").reset_index()
 
 
 # ---------------------------------------------------------------- metadata: columns of the sheet as input

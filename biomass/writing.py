@@ -153,11 +153,18 @@ def write_report(table, history, metrics, args, third_panel=None):
     of_folds = "low" in table  # which growth.py reads
     drawn = {"drawn_data": True} if of_folds and reading.is_drawn(args.labels_path) else {}
     with whole_file(args.results_dir / "predictions.csv") as partial:
-        written = table.rename(columns=in_unit)[list(columns)].assign(**drawn)
+        written = whole_numbers(table.rename(columns=in_unit)[list(columns)].assign(**drawn))
         written.to_csv(partial, index=False, float_format="%.9g")
     plot_curves(history, metrics, args)
     plot_predictions(table, metrics, args, third_panel)
     plot_worst(table, args)
+
+
+def whole_numbers(table):
+    """`table` with floats that are whole, as ids and seconds beside an empty cell, as integers: no digit is lost."""
+    floats = table.select_dtypes("float")
+    whole = [name for name in floats if floats[name].notna().any() and (floats[name].dropna() % 1 == 0).all()]
+    return table.astype(dict.fromkeys(whole, "Int64"))
 
 
 def write_json(content, path):

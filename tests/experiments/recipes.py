@@ -67,7 +67,7 @@ def load(flags, out):
     with contextlib.ExitStack() as started:
         run = tm.prepare("", flags, args, started)
     rows = np.arange(len(run.labels))
-    run.batches.collect(rows, rows, {} if args.no_erasing else dict.fromkeys(plant.ERASERS.values(), rows))
+    run.batches.collect(rows, rows, {} if args.no_erasing else dict.fromkeys(cross_validate.ERASED.values(), rows))
     return run, args
 
 
