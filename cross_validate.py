@@ -363,8 +363,11 @@ def tell_curve(found, falls, args):
         return f"{text} is better up to {most:.0f} {named}"
     if first <= green:
         return f"{text} is worse from {least:.0f} {named} on"
-    falling = np.minimum.accumulate(found["rmse"])  # between the sizes that were tried, as n is drawn
-    crossing = np.exp(np.interp(-green, -falling, np.log(found["plants"])))
+    if green > found["a"] and found["b"] > 0 and found["c"] > 0.01:
+        crossing = ((green - found["a"]) / found["b"]) ** (-1 / found["c"])
+    else:  # the law is flat, or does not come so low: between the sizes that were tried
+        falling = np.minimum.accumulate(found["rmse"])
+        crossing = np.exp(np.interp(-green, -falling, np.log(found["plants"])))
     return f"{text} is better below {crossing:.0f} {named}"
 
 

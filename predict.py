@@ -225,7 +225,7 @@ def draw_sheet(table, checkpoint, args):
     bar = f"dot: predicted, bar: its interval, cross: measured, from 0 to {most:.3g}{unit}"
     title = f"{writing.plain(checkpoint.target)}: {len(shown):,} of {len(good):,} photos{first}\n{bar}"
     figure.suptitle(title, fontsize=11)
-    writing.save_figure(figure, args.sheet, dpi=90, colours=256)
+    writing.save_figure(figure, args.sheet, dpi=90, colours=128)
 
 
 def draw_bar(axis, row, most):

@@ -595,7 +595,7 @@ def log_epoch(row, name, progress, batches):
     logger.info(f"{name}epoch {row['epoch']}/{args.epochs}  {losses}{rmse}")
     if args.track:
         before = sum(len(result["history"]) for result in progress.results.values())  # trackers want growing steps
-        part = "_".join(re.findall(r"[^\W_]+", name)) + "/" if name else ""
+        part = re.sub(r"\W+", "_", re.sub(r"/\d+", "", name).strip()) + "/" if name else ""  # "fold 1/5" as fold_1
         batches.accelerator.log({f"{part}{what}": value for what, value in row.items()}, step=before + row["epoch"])
 
 

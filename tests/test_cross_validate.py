@@ -292,7 +292,8 @@ def test_within_experiments_errors_are_about_each_ones_own_mean_and_bars_are_rms
     measured = random.gamma(1, 1, 60) + groups
     table = pd.DataFrame({"filename": names, "measured": measured, "predicted": measured + random.normal(0.2, 0.5, 60)})
     table = table.assign(error=table["predicted"] - table["measured"])
-    pd.DataFrame({"filename": names, "experiment_id": groups}).to_csv(tmp_path / "labels.csv", index=False)
+    sheet = {"filename": names, "experiment_id": groups, "plant_number": 1, TARGET: measured}
+    pd.DataFrame(sheet).to_csv(tmp_path / "labels.csv", index=False)
     args = cross_validate.build_parser().parse_args(["--labels_path", str(tmp_path / "labels.csv")])
     found = cross_validate.judge_within(table, args)
     around = measured - pd.Series(measured).groupby(groups).transform("mean")

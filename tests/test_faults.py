@@ -121,9 +121,8 @@ def kept_rows(fault, data):
 
     def read(argv):
         writing.start_log()
-        with contextlib.ExitStack() as started:
-            tm.complete_arguments(args, started)
-            data.labels = reading.filter_missing_images(reading.load_labels(args), args, {})
+        tm.complete_arguments(args)
+        data.labels = reading.filter_missing_images(reading.load_labels(args), args, {})
 
     said = called(read, [])[1].splitlines()
     clean = Data(data.out).rows.drop(index=list(fault.left_out), errors="ignore")
