@@ -42,7 +42,7 @@ SETS = {  # set in recipes.csv and peers.csv: the folder of the recommended reci
 }
 OTHERS = [  # in recipes.csv and peers.csv
     "ridge on features", "Gaussian process on features", "forest on traits", "ridge on traits",
-    "traits of Otsu's mask, best of three models", "ridge on the last features of lite0", "fastai, lite0 fine-tuned",
+    "traits of the green mask, best of three models", "ridge on the last features of lite0",
 ]  # fmt: skip
 SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
 
@@ -87,7 +87,7 @@ def sets_table():
     head = ["| way | lettuce, g | pigs, kg | food, g | 400 drawn, g | 4,294 drawn, g |"]
     head.append("| ---------------------- | ---- | ---- | ---- | ----- | ----- |")
     return head + [
-        " | ".join([f"| {name}", *(f"{row[of]:.3g}" if of in row else "-" for of in SETS)]) + " |"
+        " | ".join([f"| {name}", *(f"{row[of]:#.3g}" if of in row else "-" for of in SETS)]) + " |"
         for name, row in lines.items()
     ]
 
