@@ -80,7 +80,7 @@ CHANGES = [
      "train_model: engine_sends_nothing"),
     (TRAIN, "torch.cat(squares).double().mean()", "sum(part.mean() for part in squares) / len(squares)",
      "train_loss is a mean of batches", "train_model: losses"),
-    (TRAIN, "LOSSES[args.loss](deviation or 1.0)", "LOSSES[args.loss](1.0)",
+    (TRAIN, "LOSSES[args.loss](deviation if deviation > 0 else 1.0)", "LOSSES[args.loss](1.0)",
      "huber's bend is at 1 g in place of the targets' deviation", "train_model: those_of_the_flags"),
     # scales, and the way back to grams
     (TRAIN, "targets = outputs * self.target_scale + self.target_mean", "targets = outputs + self.target_mean",
