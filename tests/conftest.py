@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
 with contextlib.suppress(ValueError):  # outside the main thread
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in their background
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and waiting threads of torch take them all
 
 import pandas as pd

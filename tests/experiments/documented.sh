@@ -20,6 +20,7 @@ real_set() {  # real_set NAME FOLDER TARGET GROUP: judge a set of real photos, o
     python cross_validate.py $recommended --learning_curve --labels_path "$real/$2/labels.csv" \
         --image_dir "$real/$2/images" --target "$3" --group_by "$4" $(at "$1")
     rm -f "results/$1/where_it_looks.png" "results/$1/worst_predictions.png"
+    sed -i "s#$real#FOLDER#g" "results/$1/metrics.txt" "results/$1/training.log"
 }
 
 python eda.py $full
