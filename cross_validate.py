@@ -72,7 +72,7 @@ def judge_fold(run, args, split, name):
     if not args.no_erasing and name.startswith("fold 1/") and run.accelerator.is_main_process:
         by_weight = held_out[np.argsort(run.dataset.targets[held_out].numpy(), kind="stable")]
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
-        photos = [reading.open_photo(run.dataset.paths[row]) for row in rows]
+        photos = [run.dataset.open(row) for row in rows]
         weigh = [functools.partial(batches.weigh, model, run.dataset.metadata[row]) for row in rows]
         heats = list(map(plant.heat_map, photos, weigh))
         result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(np.stack(heats))}
@@ -238,7 +238,7 @@ def draw_where_it_looks(run, heats, table, args):
     predicted, unit, items = table["predicted"], reading.unit_of(args.target), []
     for row, heat in zip(heats["rows"].tolist(), heats["heats"].numpy(), strict=True):
         both = f"measured {run.dataset.targets[row]:.3f} {unit}\npredicted {predicted[row]:.3f} {unit}"
-        items.append((reading.open_photo(run.dataset.paths[row]), heat, both))
+        items.append((run.dataset.open(row), heat, both))
     writing.draw_heat(items, args.results_dir / "where_it_looks.png", unit, args.labels_path)
 
 
@@ -374,7 +374,7 @@ def tell_curve(found, falls, args):
 def draw_curve(squares, found, metrics, args):
     """RMSE against the plants weighed: each draw, their mean, the power law and what it promises, and baselines."""
     figure = writing.new_figure(args.labels_path, (5, 4.4))
-    axis, unit = figure.subplots(), f" ({reading.unit_of(args.target)})".removesuffix(" ()")
+    axis, unit = figure.subplots(), writing.in_brackets(reading.unit_of(args.target))
     sizes, draws = np.array(found["plants"]), np.sqrt(squares.mean())
     for draw, rmse in draws.groupby(level=1):
         axis.plot(sizes, rmse, "o", color="#0072B2", mfc="none", ms=6, label="a draw" if draw == 1 else None)
@@ -451,7 +451,7 @@ def plot_within(within, args, axis):
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(places, [f"{group['value']} (n = {group['rows']:,})" for group in within["groups"]])
     axis.set_xlim(right=groups["rmse"].max() * 1.2)
-    unit = f" ({reading.unit_of(args.target)})".removesuffix(" ()")
+    unit = writing.in_brackets(reading.unit_of(args.target))
     axis.set(xlabel=f"error{unit}", ylabel=column, title=f"Within each {column}")
     axis.invert_yaxis()
     axis.legend()

@@ -365,7 +365,7 @@ def explore(argv, started):
 
     args = build_parser().parse_args(argv)
     reading.complete_data_flags(args)
-    args.label = f"{args.target.replace('_', ' ')} ({reading.unit_of(args.target)})".removesuffix(" ()")
+    args.label = args.target.replace("_", " ") + writing.in_brackets(reading.unit_of(args.target))
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "figure.titlesize": 10})
     warnings.simplefilter("ignore")  # of the libraries on odd data, which the audit names
     sheet, typed, rows = load_sheet(args)

@@ -188,7 +188,7 @@ def draw_growth(days, plants, drawn, args):
     for name, own in odd[:NAMED]:
         axis.plot(own["time"], own["weight"], color=ODD, lw=1.2)
         axis.annotate(writing.plain(name), own[["time", "weight"]].iloc[-1], color=ODD, fontsize=7)
-    label = f"{args.value.removesuffix(f'_{args.unit}')} ({args.unit}), log scale".replace(" ()", "")
+    label = f"{args.value.removesuffix(f'_{args.unit}')}{writing.in_brackets(args.unit)}, log scale"
     xlabel = f"days since {pd.to_datetime(start, unit='D'):%Y-%m-%d}" if args.dates else f"{args.time} (days)"
     axis.set(yscale="log", ylabel=writing.plain(label), xlabel=xlabel)
     axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))

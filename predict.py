@@ -60,7 +60,6 @@ def read_checkpoint(path):
         traits = len(plant.TRAITS) if settings["traits"] else 0
         checkpoint.model = tm.BiomassModel(backbone, None, traits, width, settings["target_transform"]).eval()
         checkpoint.model.load_state_dict(state)
-        checkpoint.model.plan = checkpoint.metadata
         checkpoint.familiar = {name: value.numpy() for name, value in (checkpoint.familiar or {}).items()}
         if checkpoint.familiar:
             why_unlike(checkpoint.familiar["scene"], [])
@@ -119,8 +118,11 @@ def rows_of_sheet(args, checkpoint, columns):
 # ---------------------------------------------------------------- weights
 
 
-def weigh_rows(rows, checkpoint, batches):
-    """`rows` with predicted (NaN where there is a fault) and in what photos unlike the training photos are so."""
+def weigh_rows(rows, checkpoint, batches, measured):
+    """`rows` with predicted (NaN where there is a fault) and in what photos unlike the training photos are so.
+
+    `measured` is what plant.MEASURED names of the rows without a fault.
+    """
     good, model = np.flatnonzero(rows["_fault"] == ""), checkpoint.model
     predicted, unlike = np.full(len(rows), np.nan), np.full(len(rows), "", object)
     if len(good):
@@ -129,7 +131,7 @@ def weigh_rows(rows, checkpoint, batches):
         predicted[good] = tm.evaluate(model, batches.judge(each), batches)[0]
         if checkpoint.familiar:
             distances = writing.unlikeness(checkpoint.familiar, batches.features(model, each))
-            reasons = why_unlike(checkpoint.familiar["scene"], batches.measured(each))
+            reasons = why_unlike(checkpoint.familiar["scene"], measured)
             unlike[good] = np.where(distances > checkpoint.familiar["limit"], reasons, "")
         logger.info(f"a photo took {1000 * (time.perf_counter() - begun) / len(good):.0f} ms")
     return rows.assign(predicted=predicted, unlike=unlike, measured=rows[checkpoint.target])
@@ -318,12 +320,7 @@ def build_parser():
     add("--model", type=reading.a_path, default="models/biomass_resnet.pt", help="checkpoint")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: that of the training")
-    add(
-        "--cache_dir",
-        type=reading.a_path,
-        default=".feature_cache",
-        help="keeps features for later runs; none: for this one",
-    )
+    features.add_cache_flag(add)
     add = parser.add_argument_group("output").add_argument
     add("--out", type=reading.a_path, default="predictions.csv", help="table")
     share, scale = writing.number(float, 0, 1, ends=False), writing.number(float, 0, ends=False)
@@ -385,11 +382,12 @@ def predict(argv, started):
         dataset = tm.BiomassDataset(good, args, checkpoint.model.backbone, augmentation)
         dataset.metadata = torch.from_numpy(reading.encode_metadata(good, checkpoint.metadata))
         batches = features.Batches(dataset, engine, store, args, accelerator)
+        measured = batches.measured(np.arange(len(good)))
         if checkpoint.settings["traits"]:
-            dataset.traits[None] = batches.traits(np.arange(len(good)))
-        table, coverage = add_interval(weigh_rows(rows, checkpoint, batches), checkpoint, args.coverage)
+            dataset.traits[None] = torch.from_numpy(measured[:, : len(plant.TRAITS)])
+        table, coverage = add_interval(weigh_rows(rows, checkpoint, batches, measured), checkpoint, args.coverage)
         log_summary(table, checkpoint, coverage)
-        traits = plant.trait_table(batches.measured(np.arange(len(good))), args.mm_per_pixel).set_axis(good.index)
+        traits = plant.trait_table(measured, args.mm_per_pixel).set_axis(good.index)
         unreadable = (table["_fault"] != "").any()
         if accelerator.is_main_process:
             write_table(table, traits, checkpoint, args)

@@ -513,7 +513,7 @@ def evaluate(model, loader, batches):
     model.eval()
     engine, device, predictions, measured = batches.engine_of(model), batches.accelerator.device, [], []
     for inputs, *beside, targets in loader:
-        predicted = model.predict(batches.see(model, inputs, engine), *(part.to(device) for part in beside))
+        predicted = model.predict(batches.see(inputs, engine), *(part.to(device) for part in beside))
         predictions.append(batches.gather(predicted))
         measured.append(batches.gather(targets.to(device)))
     return torch.cat(predictions).double(), torch.cat(measured)
@@ -838,12 +838,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
     add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
-    add(
-        "--cache_dir",
-        type=reading.a_path,
-        default=".feature_cache",
-        help="keeps features for later runs; none: for this one",
-    )
+    features.add_cache_flag(add)
     add("--resume", action="store_true", help="go on with the same run, if it was stopped")
     add = parser.add_argument_group("output").add_argument
     add("--results_dir", type=reading.a_path, default=results, help="folder of the metrics, tables and pictures")
@@ -870,7 +865,7 @@ def complete_arguments(args):
     reading.complete_data_flags(args)
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
-    if not features.learns(args) and RECIPES[args.recipe] and "--backbone_learning_rate" in RECIPES[args.recipe]:
+    if not features.learns(args) and "--backbone_learning_rate" in RECIPES[args.recipe]:
         args.backbone_learning_rate = None  # the recipe's, beside --freeze_backbone
     if args.backbone_learning_rate and not features.learns(args):
         raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")

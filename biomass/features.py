@@ -235,6 +235,11 @@ class Engine:
 # ---------------------------------------------------------------- the store
 
 
+def add_cache_flag(add):
+    text = "keeps features for later runs; none: for this one"
+    add("--cache_dir", type=reading.a_path, default=".feature_cache", help=text)
+
+
 class Store:
     """The cache, an SQLite file: photos' digests by path, and vectors of numbers by key and photo's content."""
 
@@ -287,9 +292,8 @@ class Store:
         if None in found:
             text = f"--cache_dir {self.path.parent} must be one folder that all processes see"
             raise UserError(f"{text}: pass a shared one")
-        return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(
-            len(contents), -1 if len(contents) else 0
-        )
+        width = -1 if len(contents) else 0
+        return np.frombuffer(bytearray().join(row[0] for row in found), np.float32).reshape(len(contents), width)
 
 
 def collect(dataset, engine, store, wanted, accelerator):
@@ -413,15 +417,15 @@ class Batches:
 
     def add_traits(self):
         """Give the dataset its photos' traits, if nearly all of them show a plant."""
-        rows = np.arange(len(self.dataset))
-        without = int((self.measured(rows)[:, 0] == 0).sum())
-        if without > (1 - WITH_PLANT) * len(rows):
-            logger.info(f"traits left out: {without:,} of {len(rows):,} photos show no plant to be measured")
+        measured = self.measured(np.arange(len(self.dataset)))
+        without = int((measured[:, 0] == 0).sum())
+        if without > (1 - WITH_PLANT) * len(measured):
+            logger.info(f"traits left out: {without:,} of {len(measured):,} photos show no plant to be measured")
         else:
-            self.dataset.traits[None] = self.traits(rows)
+            self.dataset.traits[None] = torch.from_numpy(measured[:, : len(plant.TRAITS)])
 
-    def traits(self, rows, edit=None):
-        """Traits as the dataset holds them: (all rows, t), NaN where they were not measured."""
+    def traits(self, rows, edit):
+        """Traits of edited photos as the dataset holds them: (all rows, t), NaN where they were not measured."""
         traits = torch.full((len(self.dataset), len(plant.TRAITS)), torch.nan)
         traits[rows] = torch.from_numpy(self.measured(rows, edit))[:, : len(plant.TRAITS)]
         return traits
@@ -465,7 +469,7 @@ class Batches:
         parts = (rows[start : start + size] for start in range(0, len(rows), size))
         return ((read(part, versions, edit), *dataset.beside(part, edit)) for part in parts)
 
-    def see(self, model, inputs, engine):
+    def see(self, inputs, engine):
         """Features (n, versions, width) of inputs, by the engine where they are photos."""
         if inputs.dim() == 3:
             return inputs.to(self.accelerator.device)
@@ -480,8 +484,7 @@ class Batches:
             inputs = torch.stack(list(pool.map(lambda photo: self.dataset.pixels(photo, versions), photos)))
             if len(model.trait_mean):
                 traits = torch.from_numpy(np.stack(list(pool.map(plant.measure_traits, photos))))
-        engine = self.engine_of(model) or self.engine
-        found = torch.from_numpy(engine(inputs)).view(*inputs.shape[:2], -1).to(device)
+        found = self.see(inputs, self.engine_of(model) or self.engine)
         beside = (part.expand(len(photos), -1).to(device) for part in (traits[:, : len(plant.TRAITS)], metadata))
         return model.eval().predict(found, *beside).cpu().numpy()
 
@@ -489,7 +492,7 @@ class Batches:
         """Features (len(rows), width) of the photos as they are, by the model as it is now."""
         engine, found = self.engine_of(model), []
         for inputs, *_ in self.make(np.asarray(rows), (0,)):
-            found.append(self.gather(self.see(model, inputs, engine)[:, 0]))
+            found.append(self.gather(self.see(inputs, engine)[:, 0]))
         return torch.cat(found)
 
     def engine_of(self, model):

@@ -185,11 +185,14 @@ def tell_readings(sheet, path):
 
 def choose_table(path, tables, wanted):
     """The one of a file's tables whose columns are the wanted ones, and the number of the row that names them."""
-    tops = [find_header(table.read(HEADER_WITHIN), wanted) for table in tables]
+    heads = [table.read(HEADER_WITHIN) for table in tables]
+    tops = [find_header(head, wanted) for head in heads]
     best = max(range(len(tables)), key=lambda number: tops[number][:2])
     header, table = tops[best][2], tables[best]
     needed = [name for name, flag in wanted.items() if flag]  # others may be absent, and choose no sheet
-    able = [other.sheet for other in tables if find_header(other.read(HEADER_WITHIN), needed)[0] == len(needed)]
+    able = [
+        other.sheet for other, head in zip(tables, heads, strict=True) if find_header(head, needed)[0] == len(needed)
+    ]
     if len(able) > 1 and able[0]:
         raise UserError(f"{path} has several sheets with these columns: pass --sheet_name, one of {', '.join(able)}")
     said = (*table.said, f"sheet '{table.sheet}'") if best and table.sheet else table.said
@@ -200,10 +203,12 @@ def find_header(cells, wanted):
     """Of the row that names most wanted columns: how many these are, how many cells it has, and its number."""
     rows = [[*filter(None, map(clean_name, row))] for row in cells.itertuples(index=False)]
     counts = [(sum(bool(find_column(name, row)) for name in wanted), len(row)) for row in rows]
-    row = max(
-        range(len(rows)), key=lambda row: counts[row] if not counts[row][0] else (counts[row][0], 10**6), default=0
-    )
-    return (*counts[row], row) if rows else (0, 0, 0)
+    if not rows:
+        return 0, 0, 0
+    most = max(found for found, _ in counts)
+    # the first that names most; where none names any, the longest
+    row = [found for found, _ in counts].index(most) if most else int(np.argmax([cells for _, cells in counts]))
+    return (*counts[row], row)
 
 
 def time_column(named, sheet):

@@ -187,6 +187,11 @@ def log_result(metrics, args):
     logger.info(text)
 
 
+def in_brackets(unit):
+    """The unit as it stands behind what it measures; nothing where there is none."""
+    return f" ({unit})" if unit else ""
+
+
 def new_figure(labels_path, size, drawn=False):
     """An empty figure (inches); it says in small print if the data, those of the sheet or any, are drawn."""
     from matplotlib.figure import Figure  # not pyplot, which would keep it
@@ -246,7 +251,7 @@ def plot_predictions(table, metrics, args, third_panel=None):
     axes[1].scatter(table["predicted"], table["error"], **dots)
     axes[1].axhline(0, color="black", linewidth=1)
     axes[1].axhline(bias, color="tab:red", linestyle="--", linewidth=1, label=f"mean {bias:.4f} {unit}")
-    target, in_unit = plain(args.target), f" ({unit})".removesuffix(" ()")
+    target, in_unit = plain(args.target), in_brackets(unit)
     axes[0].set(xlabel=f"measured {target}{in_unit}", ylabel=f"predicted{in_unit}")
     axes[1].set(xlabel=f"predicted {target}{in_unit}", ylabel=f"predicted - measured{in_unit}")
     for axis in (axes[0], axes[1]):
@@ -277,8 +282,9 @@ def plot_worst(table, args):
     save_figure(figure, args.results_dir / "worst_predictions.png", dpi=90, colours=256)
 
 
-def draw_heat(items, path, unit, labels_path=None, columns=6):
+def draw_heat(items, path, unit, labels_path=None):
     """Photos above their heat maps, on one common scale; items are (photo, heat, title)."""
+    columns = 6
     rows = -(-len(items) // columns)
     figure = new_figure(labels_path, (10, 3.8 * rows))
     axes = figure.subplots(rows * 2, columns, squeeze=False)
