@@ -558,7 +558,8 @@ def fit(model, batches, split, progress, name="", epochs=None):
             raise
         logger.info(f"{name}interrupted after epoch {len(done['history'])}: what follows is of the best one so far")
         done = done | {"interrupted": True}
-    accelerator.free_memory()  # which else keeps each fold's model
+    if model.learns:
+        accelerator.free_memory()  # which else keeps each fold's model
     model.load_state_dict(done["best_state"], strict=False)
     return {what: value for what, value in done.items() if what != "best_state"}
 

@@ -7,6 +7,7 @@ under a key made of all that shapes them -> Batches, which hold the photos thems
 import ast
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -540,15 +541,23 @@ def code_of(*things):
         name = f"{source.stem}.{thing.__qualname__}"  # a module's own name would be __main__ where it is the script
         if name in texts or ROOT not in source.parents:
             continue
-        texts[name] = inspect.getsource(thing)
-        nodes = [*ast.walk(ast.parse(textwrap.dedent(texts[name])))]
-        own, parts = vars(inspect.getmodule(thing)), {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-        used = {node.id: own[node.id] for node in nodes if isinstance(node, ast.Name) and node.id in own}
+        texts[name], names, parts = read_source(thing)
+        own = vars(inspect.getmodule(thing))
+        used = {name: own[name] for name in names & own.keys()}
         for module in [value for value in used.values() if getattr(value, "__package__", "") == "biomass"]:
             used |= {part: vars(module)[part] for part in parts & vars(module).keys()}
         waiting += [value for value in used.values() if inspect.isfunction(value) or inspect.isclass(value)]
         texts |= {name: told for name, value in used.items() if (told := code_of_value(value)) is not None}
     return repr(sorted(texts.items()))
+
+
+@functools.cache  # as inspect parses the whole file for each class
+def read_source(thing):
+    """Source text of a function or class, and the names and the attributes that stand in it."""
+    text = inspect.getsource(thing)
+    nodes = [*ast.walk(ast.parse(textwrap.dedent(text)))]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return text, names, {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def code_of_value(value):

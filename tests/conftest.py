@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from filelock import FileLock  # which torch brings
 
 import cross_validate
 import make_sample_data
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHEET, TARGET = "digital_biomass_labels.xlsx", "fresh_weight_total"
 TINY = "--model_name shufflenet_v2_x0_5 --image_size 64 --epochs 2 --device cpu --precision fp32".split()
 TINY += "--target_transform standardize --weights".split()  # of the file that write_tiny_weights appends
+WITH_TRAITS = "--augmentation symmetries --features last stages traits --standardize_features --epochs 5".split()
+WITH_TRAITS += "--target_transform sqrt --group_by filename".split()
 START = f"""import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import conftest, importlib, train_model
@@ -116,19 +119,44 @@ def tiny_weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
-    """Folder of 60 drawn photos with their sheet; tests read it and never write to it."""
-    folder = tmp_path_factory.mktemp("drawn") / "data"
-    assert make_sample_data.main(["--num_images", "60", "--out", str(folder)]) == 0
-    return folder
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) has filled once for all processes of a test run; it is only read."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        with FileLock(base / f"{name}.lock"):
+            if not (base / name).exists():
+                make(base / f"{name}.partial")
+                (base / f"{name}.partial").rename(base / name)
+        return base / name
+
+    return once
+
+
+def draw(*flags):
+    def make(folder):
+        assert make_sample_data.main(["--num_images", "60", *flags, "--out", str(folder)]) == 0
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def faulty(tmp_path_factory):
+def drawn(once):
+    """Folder of 60 drawn photos with their sheet."""
+    return once("drawn", draw())
+
+
+@pytest.fixture(scope="session")
+def faulty(once):
     """The same set with the faults of real folders drawn in."""
-    folder = tmp_path_factory.mktemp("faulty") / "data"
-    assert make_sample_data.main(["--num_images", "60", "--with_faults", "--out", str(folder)]) == 0
-    return folder
+    return once("faulty", draw("--with_faults"))
+
+
+@pytest.fixture(scope="session")
+def with_traits(once, drawn):
+    """Outputs of train_model.py with all that the recommended recipe has, but for its network and size."""
+    return once("with_traits", lambda folder: train(drawn, folder / "out", *WITH_TRAITS)) / "out"
 
 
 @pytest.fixture

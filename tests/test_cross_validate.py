@@ -1,5 +1,6 @@
 """cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
 
+import json
 import os
 import shutil
 import signal
@@ -22,10 +23,11 @@ import train_model as tm
 from biomass import plant, writing
 
 
-@pytest.fixture(scope="module")
-def judged(drawn, tmp_path_factory):
-    out = tmp_path_factory.mktemp("judged") / "out"
-    return out, train(drawn, out, "--folds", 3, "--group_by", "experiment_id", "plant_number", script=cross_validate)
+@pytest.fixture(scope="session")
+def judged(once, drawn):
+    flags = ["--folds", 3, "--group_by", "experiment_id", "plant_number"]
+    out = once("judged", lambda folder: train(drawn, folder / "out", *flags, script=cross_validate)) / "out"
+    return out, json.loads((out / "metrics.txt").read_text())
 
 
 def test_each_row_is_predicted_once_apart_from_its_plant_with_the_numbers_of_scikit_learn(judged, drawn):
@@ -183,7 +185,7 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
 
 def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_aside(drawn, tmp_path):
     flags = ["--folds", 3, "--patience", 1, "--epochs", 8, "--lr_schedule", "cosine", "--target_transform", "log"]
-    flags += ["--metadata_columns", "age_days", "--standardize_features", "--loss", "huber"]
+    flags += ["--metadata_columns", "age_days", "--standardize_features", "--loss", "huber", "--no_erasing"]
     metrics = train(drawn, tmp_path / "out", *flags, script=cross_validate)
     assert metrics["epoch_chosen_on"] == "training plants kept aside"
     history = pd.read_csv(tmp_path / "out" / "history.csv")
@@ -222,7 +224,8 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
     sheet = pd.read_excel(drawn / SHEET).dropna(subset=TARGET).drop_duplicates("plant_number")["filename"].tolist()
     photos = tmp_path / "data" / "images_med_res"
     shutil.copy(photos / sheet[0], photos / sheet[1])
-    metrics = train(tmp_path / "data", tmp_path / "out", "--folds", 5, "--epochs", 1, script=cross_validate)
+    flags = ["--folds", 5, "--epochs", 1, "--no_erasing"]
+    metrics = train(tmp_path / "data", tmp_path / "out", *flags, script=cross_validate)
     table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("filename")
     folds = table.loc[sheet[:2], "fold"].tolist()
     left = [len(table) - fold["val_rows"] - fold["train_rows"] for fold in metrics["folds"]["each"]]
@@ -233,12 +236,12 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
 def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
-    flags = ["--folds", 2, "--epochs", 60]
+    flags = ["--folds", 2, "--epochs", 40, "--no_erasing"]
     train(drawn, tmp_path / "whole", *flags, script=cross_validate)
     command = [sys.executable, "-c", START, "cross_validate", *flags_of(drawn, tmp_path / "out", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("fold 2/2  epoch 5/"):
+        if line.startswith("fold 2/2  epoch 2/"):
             break
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]

@@ -53,10 +53,10 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(eda, "FIGURES", ())  # saves seconds where a test looks at the summary alone
 
 
-@pytest.fixture(scope="module")
-def explored(drawn, tmp_path_factory):
-    out = tmp_path_factory.mktemp("explored")
-    return out, explore(out, "--data_dir", drawn)
+@pytest.fixture(scope="session")
+def explored(once, drawn):
+    out = once("explored", lambda folder: explore(folder, "--data_dir", drawn))
+    return out, json.loads((out / "results" / "eda_summary.json").read_text())
 
 
 def test_summary_tells_what_the_sheet_holds_and_finds_no_fault_in_a_clean_one(drawn, explored):

@@ -42,7 +42,7 @@ def test_planted_truth_is_found(kind, least, most, sentence, tmp_path, monkeypat
     plant_truth(tmp_path / "data", kind)
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
     flags += ["--recipe", "recommended", "--image_size", "96", "--epochs", "10", "--least_steps", "20", "--folds", "3"]
-    flags += ["--precision", "fp32", "--results_dir", tmp_path / "out"]
+    flags += ["--augmentation", "none", "--precision", "fp32", "--results_dir", tmp_path / "out"]
     flags += ["--log_path", tmp_path / "log", "--model_out", tmp_path / "m.pt", "--cache_dir", tmp_path / "cache"]
     assert cross_validate.main([*map(str, flags)]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.txt").read_text())

@@ -38,32 +38,24 @@ def pixels_of(drawn, names, side=64):
     return torch.from_numpy(np.stack([*map(np.array, photos)])).permute(0, 3, 1, 2).contiguous()
 
 
-@pytest.fixture(scope="module")
-def judged(drawn, tmp_path_factory):
+@pytest.fixture(scope="session")
+def judged(once, drawn):
     """A model of cross_validate.py, which knows its errors and its training photos; quickly trained."""
-    out = tmp_path_factory.mktemp("judged") / "out"
     flags = ["--folds", 3, "--standardize_features", "--augmentation", "none", "--group_by", "filename", "--epochs", 5]
-    train(drawn, out, *flags, script=cross_validate)
-    return out / "model.pt"
+    flags += ["--no_erasing"]
+    return once("by_photo", lambda folder: train(drawn, folder / "out", *flags, script=cross_validate)) / "out/model.pt"
 
 
-@pytest.fixture(scope="module")
-def clean(drawn, judged, tmp_path_factory):
-    return weigh(judged, tmp_path_factory.mktemp("clean") / "p.csv", drawn / PHOTOS)[1]
+@pytest.fixture(scope="session")
+def clean(once, drawn, judged):
+    folder = once("clean", lambda folder: weigh(judged, folder / "p.csv", drawn / PHOTOS))
+    return pd.read_csv(folder / "p.csv").set_index("filename")
 
 
-@pytest.fixture(scope="module")
-def with_metadata(drawn, tmp_path_factory):
-    out = tmp_path_factory.mktemp("with_metadata") / "out"
-    train(drawn, out, *"--model_name resnet18 --weights none --metadata_columns age_days lab_book_page".split())
-    return out / "model.pt"
-
-
-@pytest.fixture(scope="module")
-def with_traits(drawn, tmp_path_factory):
-    out = tmp_path_factory.mktemp("with_traits") / "out"
-    train(drawn, out, *"--augmentation symmetries --features last traits --target_transform log".split())
-    return out / "model.pt"
+@pytest.fixture(scope="session")
+def with_metadata(once, drawn):
+    flags = "--model_name resnet18 --weights none --metadata_columns age_days lab_book_page".split()
+    return once("with_metadata", lambda folder: train(drawn, folder / "out", *flags)) / "out"
 
 
 @pytest.mark.parametrize("flags", [
@@ -222,14 +214,14 @@ def test_a_sheet_gives_measured_weights_and_decimal_commas(drawn, judged, clean,
 
 def test_metadata_come_from_the_sheet(drawn, with_metadata, tmp_path):
     sheet = pd.read_excel(drawn / SHEET)[["filename", "age_days", "lab_book_page"]]
-    judged_rows = sheet["filename"].isin(pd.read_csv(with_metadata.parent / "predictions.csv")["filename"])
+    judged_rows = sheet["filename"].isin(pd.read_csv(with_metadata / "predictions.csv")["filename"])
     sheet.loc[~judged_rows, "age_days"] = np.nan
     sheet.to_excel(tmp_path / "new.xlsx", index=False)
     flags = ["--labels_path", tmp_path / "new.xlsx", "--image_dir", drawn / PHOTOS]
-    status, table = weigh(with_metadata, tmp_path / "p.csv", *flags)
+    status, table = weigh(with_metadata / "model.pt", tmp_path / "p.csv", *flags)
     lacks = table["note"].fillna("").str.contains("without age_days").to_numpy()
     assert status == 0 and (lacks == sheet["age_days"].isna()).all()
-    assert_same(table, with_metadata.parent)
+    assert_same(table, with_metadata)
 
 
 MISTAKES = {
@@ -260,7 +252,7 @@ def test_mistakes_get_one_line(flags, drawn, judged, with_metadata, tmp_path, mo
     checkpoint = torch.load(judged, weights_only=True)
     torch.save({"model_state": Code()}, "code.pt")
     torch.save(checkpoint | {"settings": checkpoint["settings"] | {"name": "resnet18"}}, "other.pt")
-    places = {"photos": drawn / PHOTOS, "model": judged, "metadata": with_metadata}
+    places = {"photos": drawn / PHOTOS, "model": judged, "metadata": with_metadata / "model.pt"}
     assert predict.main(["--device", "cpu", "--model", *flags.format(**places).split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"predict.py: error: {MISTAKES[flags].format(**places)}") and error.count("\n") == 1
@@ -270,7 +262,7 @@ def test_mistakes_get_one_line(flags, drawn, judged, with_metadata, tmp_path, mo
 @pytest.mark.parametrize("kind", ["with_metadata", "with_traits"])
 def test_export_gives_the_same_grams(kind, drawn, tmp_path, request, recwarn):
     onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
-    model = request.getfixturevalue(kind)
+    model = request.getfixturevalue(kind) / "model.pt"
     assert weigh(model, tmp_path / "p.csv", "--export", tmp_path / "model.onnx") == (0, None)
     assert not recwarn.list
     table = weigh(model, tmp_path / "p.csv", "--labels_path", drawn / SHEET)[1].head(5)

@@ -40,9 +40,15 @@ def test_a_frozen_run_gives_the_metrics_of_a_single_process(drawn, tmp_path):
 
 
 def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(drawn, tmp_path):
+    """On two machines, each with a folder of its own: the second has no file to resume from."""
+    places = [tmp_path / name for name in ("machine_0", "machine_1")]
+    for place in places:
+        place.mkdir()
+    apart = f"import os\nos.chdir({[*map(str, places)]!r}[int(os.environ['RANK'])])\n" + START
     out, flags = tmp_path / "out", ["--epochs", 8, "--batch_size", 10, "--unfreeze_backbone", "--resume"]
     one = train(drawn, tmp_path / "one", *flags, "--epochs", 1)
-    launcher = torchrun(tmp_path, *flags_of(drawn, out, *flags))
+    flags = flags_of(drawn, out, *flags, "--model_out", "model.pt")
+    launcher = torchrun(tmp_path, *flags, start=apart)
     for line in launcher.stdout:
         if "epoch 2/" in line:
             break
@@ -50,11 +56,13 @@ def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(dra
         os.kill(int(children.read().split()[1]), signal.SIGKILL)
     launcher.communicate(timeout=100)
     assert launcher.returncode and not (out / "metrics.txt").exists()
-    state = torch.load(out / "model.pt.progress", weights_only=True)["states"][""]
+    assert not (places[1] / "model.pt.progress").exists()
+    state = torch.load(places[0] / "model.pt.progress", weights_only=True)["states"][""]
     kept, steps = state["done"]["history"], -(-one["train_rows"] // 10)  # batches of 10 for both processes together
     assert len(kept) >= 2 and state["optimizer"]["state"][0]["step"] == len(kept) * steps
-    printed = finish(torchrun(tmp_path, *flags_of(drawn, out, *flags)))
+    printed = finish(torchrun(tmp_path, *flags, start=apart))
     assert f"resumed after epoch {len(kept)}" in printed and printed.count("epoch 8/8") == 1
+    assert f"epoch {len(kept) + 1}/8" in printed and f"epoch {len(kept)}/8" not in printed
     table, sheet = pd.read_csv(out / "predictions.csv").set_index("filename"), pd.read_excel(drawn / SHEET)
     wanted = pd.read_csv(tmp_path / "one" / "predictions.csv")["filename"]
     metrics, history = json.loads((out / "metrics.txt").read_text()), pd.read_csv(out / "history.csv")
@@ -63,32 +71,6 @@ def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(dra
     assert table["measured_g"].tolist() == pytest.approx(measured.tolist())
     assert metrics["val_mse"] == pytest.approx((table["predicted_g"] - measured).pow(2).mean(), rel=1e-4)
     assert metrics["val_mse"] == pytest.approx(history["val_loss"].min(), rel=1e-4)
-
-
-def test_a_machine_without_the_progress_file_goes_on_where_the_main_one_does(drawn, tmp_path):
-    """Two machines, each with a folder of its own: the second has no file to resume from."""
-    places = [tmp_path / name for name in ("machine_0", "machine_1")]
-    for place in places:
-        place.mkdir()
-    flags = flags_of(drawn, tmp_path / "out", "--unfreeze_backbone", "--batch_size", 10, "--model_out", "model.pt")
-    apart = f"import os\nos.chdir({[*map(str, places)]!r}[int(os.environ['RANK'])])\n" + START
-    stopped = torchrun(tmp_path, *flags, "--epochs", "60", start=apart)
-    for line in stopped.stdout:
-        if "epoch 2/" in line:
-            break
-    stopped.send_signal(signal.SIGKILL)
-    for child in subprocess.run(["pgrep", "-f", str(tmp_path / "start.py")], capture_output=True).stdout.split():
-        os.kill(int(child), signal.SIGKILL)
-    stopped.communicate()
-    (places[1] / "model.pt.progress").unlink(missing_ok=True)
-    kept = len(torch.load(places[0] / "model.pt.progress", weights_only=True)["states"][""]["done"]["history"])
-    again = torchrun(tmp_path, *flags, "--epochs", "60", "--resume", start=apart)
-    for line in again.stdout:
-        if "epoch " in line and "train_loss" in line:
-            break
-    again.send_signal(signal.SIGTERM)
-    again.communicate()
-    assert f"epoch {kept + 1}/60" in line
 
 
 def test_a_mistake_is_told_once(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TARGET, prepared, quick, train
+from conftest import TARGET, WITH_TRAITS, prepared, quick, train
 from PIL import Image
 from test_predict import assert_same, weigh
 
@@ -16,8 +16,6 @@ import predict
 import train_model as tm
 from biomass import plant, reading
 
-FLAGS = "--augmentation symmetries --features last stages traits --standardize_features --target_transform sqrt".split()
-FLAGS += ["--group_by", "filename", "--epochs", "5"]
 PHOTOS = "images_med_res"
 
 
@@ -37,14 +35,8 @@ def grams_by_hand(model, path, versions=8):
         return float(model.to_grams(outputs).mean())
 
 
-@pytest.fixture(scope="module")
-def trained(drawn, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained") / "out"
-    return out, train(drawn, out, *FLAGS)
-
-
 def test_the_versions_are_the_eight_symmetries_and_the_first_is_the_photo(drawn, tmp_path):
-    this = prepared(drawn, tmp_path / "out", *FLAGS)[1]
+    this = prepared(drawn, tmp_path / "out", *WITH_TRAITS)[1]
     found = this.dataset[3, range(8), None][0]
     photo = Image.open(this.dataset.paths[3]).convert("RGB").resize((64, 64), Image.BILINEAR)
     assert np.array_equal(found[0].permute(1, 2, 0), np.array(photo))
@@ -55,17 +47,16 @@ def test_the_versions_are_the_eight_symmetries_and_the_first_is_the_photo(drawn,
     assert [this.dataset.augmentation.trained(number) for number in range(9)] == [*range(8), 0]
 
 
-def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(drawn, trained, tmp_path):
-    out, _ = trained
-    model = predict.read_checkpoint(out / "model.pt").model
-    status, table = weigh(out / "model.pt", tmp_path / "p.csv", drawn / PHOTOS)
+def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(drawn, with_traits, tmp_path):
+    model = predict.read_checkpoint(with_traits / "model.pt").model
+    status, table = weigh(with_traits / "model.pt", tmp_path / "p.csv", drawn / PHOTOS)
     assert status == 0
-    assert_same(table, out)
+    assert_same(table, with_traits)
     by_hand = [grams_by_hand(model, drawn / PHOTOS / name) for name in table.index[:20]]
     assert table["predicted_g"][:20].tolist() == pytest.approx(by_hand, abs=1e-5)
     plain = [grams_by_hand(model, drawn / PHOTOS / name, versions=1) for name in table.index[:20]]
     assert table["predicted_g"][:20].tolist() != pytest.approx(plain, rel=1e-3)
-    this = prepared(drawn, tmp_path / "out", *FLAGS)[1]
+    this = prepared(drawn, tmp_path / "out", *WITH_TRAITS)[1]
     with quick():  # what heat maps and erased photos are weighed by
         photos = [reading.open_photo(drawn / PHOTOS / name) for name in table.index[:3]]
         weighed = this.batches.weigh(model, torch.zeros(0), photos)
@@ -74,14 +65,14 @@ def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(dr
 
 def test_folds_judge_and_calibrate_what_predict_gives(drawn, tmp_path):
     out = tmp_path / "out"
-    metrics = train(drawn, out, *FLAGS, "--folds", 3, "--no_erasing", script=cross_validate)
+    metrics = train(drawn, out, *WITH_TRAITS, "--folds", 3, "--no_erasing", script=cross_validate)
     table, checkpoint = pd.read_csv(out / "predictions.csv"), torch.load(out / "model.pt", weights_only=True)
     offset, slope, least = checkpoint["calibration"]["growth"]
     size = np.maximum(offset + slope * table["predicted_g"], least)
     scores = np.sort((table["measured_g"] - table["predicted_g"]) / size)
     assert np.array(checkpoint["calibration"]["scores"]) == pytest.approx(scores, rel=1e-3, abs=1e-4)
     assert metrics["val_rmse"] == pytest.approx(((table["measured_g"] - table["predicted_g"]) ** 2).mean() ** 0.5)
-    this = prepared(drawn, out, *FLAGS)[1]
+    this = prepared(drawn, out, *WITH_TRAITS)[1]
     first = table[table["fold"] == 1]["filename"]
     held = this.labels["filename"].isin(first).to_numpy()
     split = np.flatnonzero(~held), np.flatnonzero(held)
@@ -96,14 +87,14 @@ def test_folds_judge_and_calibrate_what_predict_gives(drawn, tmp_path):
 def test_traits_stay_out_where_plants_are_not_seen(drawn, copied, tmp_path, capsys):
     for path in sorted((copied / PHOTOS).glob("*.png"))[:20]:
         Image.fromarray(np.asarray(Image.open(path).convert("RGB"))[..., [0, 0, 0]]).save(path)  # grey
-    train(copied, tmp_path / "out", *FLAGS, "--epochs", 1)
+    train(copied, tmp_path / "out", *WITH_TRAITS, "--epochs", 1)
     assert "traits left out: " in capsys.readouterr().out
     checkpoint = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
     assert checkpoint["settings"]["traits"] is False and len(checkpoint["model_state"]["trait_mean"]) == 0
 
 
 @pytest.mark.parametrize("script", ["eda", "predict"])
-def test_traits_are_those_of_each_photo_in_its_pixels_or_mm(script, drawn, trained, tmp_path):
+def test_traits_are_those_of_each_photo_in_its_pixels_or_mm(script, with_traits, tmp_path):
     """Rectangles, whose traits are known: 200 x 100 pixels of a photo of 512 are 100 x 50 of the small copy."""
     folder, sides = tmp_path / "photos", {"b.png": (200, 100), "a.png": (120, 80), "c.png": (0, 0)}
     folder.mkdir()
@@ -119,7 +110,7 @@ def test_traits_are_those_of_each_photo_in_its_pixels_or_mm(script, drawn, train
         assert eda.main([*places, *flags, "--traits", str(tmp_path / "t.csv")]) == 0
         table = pd.read_csv(tmp_path / "t.csv").set_index("filename")
     else:
-        table = weigh(trained[0] / "model.pt", tmp_path / "p.csv", *places)[1]
+        table = weigh(with_traits / "model.pt", tmp_path / "p.csv", *places)[1]
     assert sorted(table.index) == sorted(sides)
     big, small, none = (table.loc[name] for name in sides)
     assert big["area_mm2"] == pytest.approx(200 * 100 / 4) and small["area_mm2"] == pytest.approx(120 * 80 / 4)

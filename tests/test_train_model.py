@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import os
 import re
 import shutil
@@ -436,32 +437,38 @@ def test_what_matters_is_computed_anew_and_nothing_else(drawn, copied, tmp_path,
     assert computed(capsys) == all_rows
 
 
-COPIED = f"""import sys
+COPIED = f"""import json, linecache, pathlib, sys
 sys.path[:0] = ["", {str(ROOT / "tests")!r}, {str(ROOT)!r}]
-import conftest, train_model
-with conftest.quick():
-    sys.exit(train_model.main(sys.argv[1:]))
-"""  # runs the copy in the folder where it starts
+sys.dont_write_bytecode = True  # of two states within a second the second would be taken for the first
+script = pathlib.Path("train_model.py")
+for old, new in json.loads(sys.argv.pop(1)):
+    assert old in script.read_text(encoding="utf-8")
+    script.write_text(script.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
+    linecache.clearcache()
+    for name in ("conftest", "cross_validate", "train_model"):
+        sys.modules.pop(name, None)
+    import conftest, train_model
+    with conftest.quick():
+        assert train_model.main(sys.argv[1:]) == 0
+"""  # runs the copy in the folder where it starts, after each of some changes
 
 
 def test_the_code_of_pixels_is_in_the_key_down_to_its_helpers_and_the_head_is_not(drawn, tmp_path):
     for name in ("train_model.py", "cross_validate.py", "biomass"):
         (shutil.copytree if name == "biomass" else shutil.copy)(ROOT / name, tmp_path / name)
-    script = tmp_path / "train_model.py"
-    counts, helper = [], "def rarely(photo):\n    return photo\n\n\nclass StudyAugmentation("
+    helper = "def rarely(photo):\n    return photo\n\n\nclass StudyAugmentation("
     once = "        if random.random() < 1e-9:\n            photo = rarely(photo)\n"
     once += "        return photo\n\n    def describe"
-    for old, new in (
+    changes = [
         ("", ""), ("HEAD_WIDTH, METADATA_WIDTH = 256", "HEAD_WIDTH, METADATA_WIDTH = 128"),
         ("class StudyAugmentation(", helper), ("        return photo\n\n    def describe", once),
         ("    return photo\n\n\nclass", "    return photo.convert('L').convert('RGB')\n\n\nclass"),
-    ):  # fmt: skip
-        assert old in script.read_text()
-        script.write_text(script.read_text().replace(old, new, 1))
-        command = [sys.executable, "-c", COPIED, *flags_of(drawn, tmp_path / "out", "--epochs", 1)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        counts.append(int(re.search(r"found, (\d+) to compute", done.stdout)[1]))
+    ]  # fmt: skip
+    flags = flags_of(drawn, tmp_path / "out", "--epochs", 1)
+    command = [sys.executable, "-c", COPIED, json.dumps(changes), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = [*map(int, re.findall(r"found, (\d+) to compute", done.stdout))]
     metrics = pd.read_json(tmp_path / "out" / "metrics.txt", typ="series")
     assert counts == [metrics["train_rows"] + metrics["val_rows"], 0, 0, metrics["train_rows"], metrics["train_rows"]]
 
