@@ -13,7 +13,7 @@ import cross_validate
 import make_sample_data
 from biomass import plant, reading
 
-PHOTOS = 80
+PHOTOS = 60
 
 
 def plant_truth(folder, kind, photos=PHOTOS):
@@ -38,7 +38,7 @@ def plant_truth(folder, kind, photos=PHOTOS):
     [("background", 0.5, 1, "mostly from the background"), ("plants", -1, 0.3, "read from the plants")],
 )
 def test_planted_truth_is_found(kind, least, most, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(cross_validate, "SHOWN", 3)  # as each takes a second
+    monkeypatch.setattr(cross_validate, "SHOWN", 2)  # as each takes a second
     plant_truth(tmp_path / "data", kind)
     flags = ["--labels_path", tmp_path / "data" / "labels.csv", "--image_dir", tmp_path / "data" / "images_med_res"]
     flags += ["--recipe", "recommended", "--image_size", "96", "--epochs", "10", "--least_steps", "20", "--folds", "3"]
