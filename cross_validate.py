@@ -524,6 +524,16 @@ def pool_metrics(run, table, splits, shares, args):
     return metrics | {"folds": spread | {"each": each}} | judge_within(table, args)
 
 
+def remove_older(args):
+    """Remove what an earlier run has left in the folder and this one does not write: it would be taken for its own."""
+    left = [] if args.learning_curve else ["learning_curve.csv", "learning_curve.png"]
+    left += ["where_it_looks.png"] if args.no_erasing else []
+    for path in (args.results_dir / name for name in left):
+        if path.is_file():
+            path.unlink()
+            logger.info(f"removed {path}, which an earlier run has left")
+
+
 def cross_validate(argv, started):
     """The whole run, from the flags to the report; returns the exit status."""
     args = tm.parse_arguments(build_parser(), argv)
@@ -548,9 +558,10 @@ def cross_validate(argv, started):
         history += [{"fold": 0, **row} for row in final["history"]]
         metrics = pool_metrics(run, table, splits, shares, args) | {"epoch": final["epoch"]} | curve
         panel = functools.partial(plot_within, metrics["within"], args) if "within" in metrics else None
-        tm.finish(table, history, metrics, run, args, panel)
         if not args.no_erasing:
             draw_where_it_looks(run, results[0]["heats"], table, args)
+        remove_older(args)
+        tm.finish(table, history, metrics, run, args, panel)
     run.progress.remove()
     return 0
 

@@ -255,6 +255,16 @@ def target_distribution(figure, sheet, photos, args):
     linear.set(title=f"n = {len(weights)}, {middle}", ylabel="rows")
     seaborn.histplot(weights[weights > 0], bins=40, color="seagreen", log_scale=True, ax=logarithmic)
     logarithmic.set(title=f"n = {(weights > 0).sum()} above zero, on a log axis", ylabel="rows")
+    plain_ticks(logarithmic.xaxis)
+
+
+def plain_ticks(axis):
+    """Numbers as people write them on a logarithmic axis, also where it spans less than a decade."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def sample_images(figure, sheet, photos, args):
@@ -324,6 +334,8 @@ def green_area_vs_biomass(figure, sheet, photos, args):
     axes.scatter(areas, grams[areas.index], s=6, alpha=0.4, color="seagreen", linewidths=0)
     axes.plot(areas, weight_of(areas), color="black")
     axes.set(xscale="log", yscale="log", xlabel="green area A (share of the frame, 0..1)", ylabel=args.label)
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     formula = f"{law['smearing_factor'] * law['a']:.4g} * A^{law['b']:.3f}"
     axes.set_title(f"{args.label} by green area, n = {len(rows)} with any green; line: {formula}")
 
@@ -365,7 +377,8 @@ def explore(argv, started):
 
     args = build_parser().parse_args(argv)
     reading.complete_data_flags(args)
-    args.label = args.target.replace("_", " ") + writing.in_brackets(reading.unit_of(args.target))
+    unit = reading.unit_of(args.target)
+    args.label = args.target.replace("_", " ").removesuffix(f" {unit}") + writing.in_brackets(unit)
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 9, "figure.titlesize": 10})
     warnings.simplefilter("ignore")  # of the libraries on odd data, which the audit names
     sheet, typed, rows = load_sheet(args)

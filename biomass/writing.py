@@ -284,9 +284,9 @@ def plot_worst(table, args):
 
 def draw_heat(items, path, unit, labels_path=None):
     """Photos above their heat maps, on one common scale; items are (photo, heat, title)."""
-    columns = 6
+    columns = min(len(items), 6)
     rows = -(-len(items) // columns)
-    figure = new_figure(labels_path, (10, 3.8 * rows))
+    figure = new_figure(labels_path, (10 * (max(columns, 2) + 1) / 7, 3.8 * rows))
     axes = figure.subplots(rows * 2, columns, squeeze=False)
     most = max(float(np.abs(heat).max()) for _, heat, _ in items) or 1.0
     for axis in axes.flat:
@@ -298,9 +298,9 @@ def draw_heat(items, path, unit, labels_path=None):
         below.imshow(photo.convert("L"), cmap="gray")
         extent = (0, photo.width, photo.height, 0)
         drawn = below.imshow(heat, cmap="RdBu_r", vmin=-most, vmax=most, alpha=0.6, extent=extent)
-    label = f"red: prediction lost by hiding the patch{f' ({unit})' if unit else ''}, blue: gained"
+    label = f"prediction lost (red) or gained\n(blue) by hiding the patch{in_brackets(unit)}"
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.7)
-    figure.suptitle("Where it looks: each patch hidden in turn by what the photo shows without its plant")
+    figure.suptitle("Where it looks: each patch hidden in turn\nby what the photo shows without its plant")
     save_figure(figure, path, dpi=90, colours=256)
 
 

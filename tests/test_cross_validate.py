@@ -186,6 +186,7 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
 def test_with_patience_the_epoch_is_chosen_on_training_plants_that_are_kept_aside(drawn, tmp_path):
     flags = ["--folds", 3, "--patience", 1, "--epochs", 8, "--lr_schedule", "cosine", "--target_transform", "log"]
     flags += ["--metadata_columns", "age_days", "--standardize_features", "--loss", "huber", "--no_erasing"]
+    flags += ["--learning_rate", 1e-2]  # with which folds choose different epochs
     metrics = train(drawn, tmp_path / "out", *flags, script=cross_validate)
     assert metrics["epoch_chosen_on"] == "training plants kept aside"
     history = pd.read_csv(tmp_path / "out" / "history.csv")
@@ -224,14 +225,20 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
     sheet = pd.read_excel(drawn / SHEET).dropna(subset=TARGET).drop_duplicates("plant_number")["filename"].tolist()
     photos = tmp_path / "data" / "images_med_res"
     shutil.copy(photos / sheet[0], photos / sheet[1])
-    flags = ["--folds", 5, "--epochs", 1, "--no_erasing"]
+    flags, older = ["--folds", 5, "--epochs", 1, "--no_erasing"], ["learning_curve.png", "where_it_looks.png"]
+    (tmp_path / "out").mkdir()
+    for name in older:
+        (tmp_path / "out" / name).write_bytes(b"of an earlier run")
     metrics = train(tmp_path / "data", tmp_path / "out", *flags, script=cross_validate)
     table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("filename")
     folds = table.loc[sheet[:2], "fold"].tolist()
     left = [len(table) - fold["val_rows"] - fold["train_rows"] for fold in metrics["folds"]["each"]]
     wanted = [int(fold in folds and folds[0] != folds[1]) for fold in range(1, 6)]
     assert left == wanted and sum(wanted) == 2, (left, folds)
-    assert capsys.readouterr().out.count("left 1 training rows out, their photo is in validation too") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("left 1 training rows out, their photo is in validation too") == 2
+    for name in older:  # it would be taken for this run's
+        assert not (tmp_path / "out" / name).exists() and f"removed {tmp_path / 'out' / name}" in printed
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")

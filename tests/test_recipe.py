@@ -104,7 +104,7 @@ def test_traits_are_those_of_each_photo_in_its_pixels_or_mm(script, with_traits,
         Image.fromarray(pixels).save(folder / name)
     rows = {"filename": [*sides], "plant_number": [1, 2, 3], TARGET: [0.1, 0.2, 0.3]}
     pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
-    places = ["--labels_path", str(tmp_path / "labels.csv"), "--image_dir", str(folder), "--mm_per_pixel", "0.5"]
+    places = ["--labels_path", str(tmp_path / "labels.csv"), "--image_dir", str(folder), "--mm_per_pixel", "0.25"]
     if script == "eda":
         flags = ["--figures_dir", str(tmp_path / "figures"), "--summary_path", str(tmp_path / "s.json")]
         assert eda.main([*places, *flags, "--traits", str(tmp_path / "t.csv")]) == 0
@@ -113,11 +113,11 @@ def test_traits_are_those_of_each_photo_in_its_pixels_or_mm(script, with_traits,
         table = weigh(with_traits / "model.pt", tmp_path / "p.csv", *places)[1]
     assert sorted(table.index) == sorted(sides)
     big, small, none = (table.loc[name] for name in sides)
-    assert big["area_mm2"] == pytest.approx(200 * 100 / 4) and small["area_mm2"] == pytest.approx(120 * 80 / 4)
-    assert big["hull_area_mm2"] == pytest.approx(200 * 100 / 4) and big["eg50_area_mm2"] == big["area_mm2"]
-    assert (big["box_length_mm"], big["box_width_mm"], big["thickness_mm"]) == pytest.approx((100, 50, 25))
-    assert big["perimeter_mm"] == pytest.approx(2 * (99 + 49))  # between the middles of the outer pixels of the copy
-    axes = np.sqrt(16 * (np.array([100, 50]) ** 2 - 1) / 12)  # of the ellipse with the same moments
+    assert big["area_mm2"] == pytest.approx(200 * 100 / 16) and small["area_mm2"] == pytest.approx(120 * 80 / 16)
+    assert big["hull_area_mm2"] == pytest.approx(200 * 100 / 16) and big["eg50_area_mm2"] == big["area_mm2"]
+    assert (big["box_length_mm"], big["box_width_mm"], big["thickness_mm"]) == pytest.approx((50, 25, 12.5))
+    assert big["perimeter_mm"] == pytest.approx(99 + 49)  # between the middles of the outer pixels of the copy
+    axes = np.sqrt(16 * (np.array([100, 50]) ** 2 - 1) / 12) / 2  # of the ellipse with the same moments
     assert (big["long_axis_mm"], big["short_axis_mm"]) == pytest.approx(tuple(axes), rel=1e-4)
     assert big["eccentricity"] == pytest.approx(np.sqrt(1 - (axes[1] / axes[0]) ** 2), abs=1e-4)
     assert (big["solidity"], big["parts"], big["hue"]) == pytest.approx((1, 1, 1 / 3), abs=1e-4)

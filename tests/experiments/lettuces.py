@@ -18,6 +18,7 @@ from recipes import ROOT, writing
 from biomass import reading
 
 COUNT, SIDE = 6, 300
+FROM_THE_SIDE = "9078 9080 9083 9085 9087 9089 9092 9094 9096 9100 9103 9105 9107 9109 9110 9117 9122 9126 9128 9130"
 
 
 def main():
@@ -25,10 +26,10 @@ def main():
     parser.add_argument("--real", type=Path, required=True, metavar="FOLDER", help="of the sets of real photos")
     images = parser.parse_args().real / "lettuce_hydro" / "images"
     table = pd.read_csv(ROOT / "results" / "lettuce" / "predictions.csv").sort_values("measured_g")
-    shot = table["filename"].map(pd.read_csv(images.parent / "labels.csv").set_index("filename")["photo_no"])
-    shown = table[shot == 1].drop_duplicates("plant").iloc[:-1]  # mostly from above
+    side = table["filename"].isin([f"IMG_{number}.jpg" for number in FROM_THE_SIDE.split()])
+    shown = table[~side].drop_duplicates("plant")
     shown = shown.iloc[np.linspace(0, len(shown) - 1, COUNT).round().astype(int)]
-    figure = Figure(figsize=(9.6, 2.35), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.5), layout="constrained")
     for axis, row in zip(figure.subplots(1, COUNT), shown.itertuples(), strict=True):
         axis.imshow(ImageOps.fit(reading.open_photo(images / row.filename), (SIDE, SIDE)))
         axis.set_axis_off()
