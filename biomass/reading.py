@@ -533,13 +533,12 @@ def to_ids(cells):
 
 
 def number_plants(columns):
-    """A number for each plant, in the order of the columns' values; rows that lack a value share the last number."""
+    """A number for each plant, in the order of the columns' values; load_rows leaves out rows that lack one."""
     keys = columns.apply(to_ids)
     for name in keys:
         numbers = pd.to_numeric(keys[name], errors="coerce")
         keys[name] = numbers if numbers.notna().equals(keys[name].notna()) else keys[name]
-    plants = keys.groupby(list(keys), sort=True, dropna=False).ngroup()
-    return plants.mask(keys.isna().any(axis=1), plants.max() + 1)
+    return keys.groupby(list(keys), sort=True, dropna=False).ngroup()
 
 
 def read_table(path):
