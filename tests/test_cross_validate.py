@@ -79,12 +79,22 @@ def test_the_table_keeps_plant_and_time_and_an_interval_from_the_errors_of_other
 def test_a_learning_curve_trains_on_nested_parts_and_ends_at_the_folds_own_error(drawn, tmp_path, monkeypatch):
     for name, value in {"FEWEST": 2, "SHARES": (1 / 4, 1 / 2), "DRAWS": 2}.items():
         monkeypatch.setattr(cross_validate, name, value)
+    train_fold, squares = cross_validate.train_fold, {}
+
+    def noted(run, args, split, name):
+        model, learn, result = train_fold(run, args, split, name)
+        squares[name] = (result["predicted"] - run.dataset.targets[split[1]]).square()
+        return model, learn, result
+
+    monkeypatch.setattr(cross_validate, "train_fold", noted)
     flags = ["--learning_curve", "--folds", 2, "--no_erasing", "--epochs", 1, "--augmentation", "none"]
     plants = ["--group_by", "experiment_id", "plant_number"]
     metrics = train(drawn, tmp_path / "out", *flags, *plants, script=cross_validate)
     curve, found = pd.read_csv(tmp_path / "out" / "learning_curve.csv"), metrics["learning_curve"]
     assert curve.groupby("plants").size().tolist() == [2, 2, 1]  # all plants are drawn in one way
     assert curve["plants"].iloc[-1] == metrics["val_plants"] / 2
+    first = torch.cat([found for name, found in squares.items() if "share 0.25, draw 1" in name])
+    assert len(first) == metrics["val_rows"] and curve["rmse"][0] == pytest.approx(float(first.mean().sqrt()), rel=1e-6)
     assert curve["rmse"].iloc[-1] == pytest.approx(metrics["val_rmse"], rel=1e-6) == found["rmse"][-1]
     assert (tmp_path / "out" / "learning_curve.png").is_file()
     assert found["sentence"] in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")

@@ -164,6 +164,11 @@ def test_groups_are_compared_by_plants(tmp_path, capsys, figures):
     legend = figures[0].axes[0].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["dry, n = 10", "wet, n = 10"]
     assert "drawn data" in figures[0].get_supxlabel()
+    table["treatment"] = pd.cut(table["plant_number"], 3, labels=["dry", "moist", "wet"]).astype(str)
+    found = judge(table, tmp_path, "--compare", "treatment")
+    wet, dry = (found.loc[found["treatment"] == name, "growth_rate"] for name in ("wet", "dry"))
+    low, high = stats.ttest_ind(wet, dry, equal_var=False).confidence_interval(1 - 0.05 / 3)  # one of three pairs
+    assert f"(95 % interval {low:+.4f} to {high:+.4f})" in capsys.readouterr().out
 
 
 def test_harvests_are_told_from_growth(tmp_path, capsys):

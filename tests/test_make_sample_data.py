@@ -95,6 +95,7 @@ def test_clean_sheet_has_no_fault(full):
     assert len(harvest) == 5 and sheet[harvest].isna().sum(axis=1).isin([0, 5]).all()
     total, shoot, root = (sheet[f"fresh_weight_{part}"] for part in ("total", "shoot", "root"))
     assert np.allclose((total - shoot - root).dropna(), 0, atol=1e-12) and min(shoot.min(), root.min()) > 0
+    assert np.allclose((total - full[0]["weight"]).dropna(), 0, atol=1e-4)
     assert (sheet["dry_weight_shoot"] / shoot)[shoot > 0.01].between(0.079, 0.101).all()  # below, rounding moves it
     assert np.allclose((shoot / root - sheet["shoot_root_ratio_fresh"]).dropna(), 0, atol=0.001)
     counted = sheet.dropna(subset="total_leaves")
@@ -108,6 +109,8 @@ def test_noise_floor_is_that_of_the_conditional_mean(full):
     known = full[0][full[0]["labelled"]]
     miss = known["weight"] - known["expected"]
     assert 0.05 <= msd.noise_floor(full[0]) <= 0.08 and np.corrcoef(known["weight"], known["expected"])[0, 1] >= 0.95
+    ratio = full[0]["weight"] / full[0]["expected"]
+    assert abs(ratio.mean() - 1) < 3.5 * ratio.sem()
     assert np.allclose(0.055 * known["leaf_area"] ** 1.1 * np.exp(known["thickness"]), known["expected"])
     for shown in ("expected", "leaf_area", "thickness", "slender", "experiment_id", "age", "light"):
         means = miss.groupby(pd.qcut(known[shown], 8, duplicates="drop"), observed=True).agg(["mean", "sem"])
