@@ -120,7 +120,7 @@ def calibrate(table, labels, args):
 
     The size of the errors is taken to grow with the prediction as a + b * |predicted|; a and b, neither below 0, are
     fitted by least squares. Errors in that unit are kept with a weight: all plants count alike, so that one with
-    forty photos does not speak for the others.
+    forty photos does not speak for the others. `independent` is how many single errors they are worth together.
     """
     from sklearn.linear_model import LinearRegression
 
@@ -130,15 +130,39 @@ def calibrate(table, labels, args):
     growth = [*map(float, line.coef_), float(np.abs(errors).mean() / 20)]
     size = writing.error_size(growth, predicted)
     _, group, photos = np.unique(table["_plant"], return_inverse=True, return_counts=True)
-    order = np.argsort(-errors / size)
+    scores = -errors / size
+    independent, order = count_independent(scores, group, photos), np.argsort(scores)
     return {
         "growth": growth,
-        "scores": (-errors / size)[order].tolist(),
-        "weights": (1 / photos[group] / (len(photos) + 1))[order].tolist(),
+        "scores": scores[order].tolist(),
+        "weights": (1 / photos[group] / len(photos) * independent / (independent + 1))[order].tolist(),
         "groups": len(photos),
+        "independent": independent,
         "grouped_by": reading.group_name(args.group_by),
         "floor": 0.0 if (labels[args.target] >= 0).all() else -math.inf,
     }
+
+
+def count_independent(scores, group, photos):
+    """How many independent errors the scores are worth: as many as there are plants, up to as many as photos.
+
+    It hangs on how alike the errors of one plant's photos are (Kish 1965, Survey Sampling, chapter 5), for which the
+    upper 90 % limit of the intraclass correlation is taken (Searle 1971, Linear Models, chapter 9), as few plants tell
+    it badly. `group` (n,) numbers the plant of each score, `photos` counts those of each plant.
+    """
+    from scipy import stats
+
+    count, groups = len(scores), len(photos)
+    if groups < 2 or groups == count:
+        return float(groups)
+    means = np.bincount(group, scores) / photos
+    between = (photos * (means - scores.mean()) ** 2).sum() / (groups - 1)
+    within = ((scores - means[group]) ** 2).sum() / (count - groups)
+    typical = (count - (photos**2).sum() / count) / (groups - 1)
+    most = between / stats.f.ppf(0.1, groups - 1, count - groups)
+    spread = most + (typical - 1) * within
+    alike = float(np.clip((most - within) / spread, 0, 1)) if spread > 0 else 1.0
+    return groups / (alike + (1 - alike) * float((1 / photos).mean()))
 
 
 def describe_features(found):

@@ -64,7 +64,7 @@ def read_checkpoint(path):
         if checkpoint.familiar:
             why_unlike(checkpoint.familiar["scene"], [])
         if checkpoint.calibration:
-            writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["groups"]))
+            writing.interval(checkpoint.calibration, [1.0], min(0.5, checkpoint.calibration["independent"]))
         if not isinstance(checkpoint.unit + checkpoint.target, str):
             raise TypeError("its target is no text")
     except (UserError, OSError):

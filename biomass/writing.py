@@ -98,9 +98,8 @@ def interval(calibration, predicted, coverage):
     """Lower and upper ends, like `predicted`, between which a share `coverage` of the photos of new plants lies.
 
     Split-conformal prediction with errors scaled by their expected size (Lei et al. 2018, Journal of the American
-    Statistical Association 113, 1094-1111), with out-of-fold errors and a quantile for each side. A new plant
-    counts as one more with an infinite error (Dunn, Wasserman and Ramdas 2023, same journal 118, 2491-2502): few
-    plants give wide intervals, in the end infinite ones.
+    Statistical Association 113, 1094-1111), with out-of-fold errors and a quantile for each side. A new photo
+    counts as one more independent error, an infinite one: few plants give wide intervals, in the end infinite ones.
     """
     predicted = np.asarray(predicted, float)
     size = error_size(calibration["growth"], predicted)
@@ -116,8 +115,8 @@ def interval(calibration, predicted, coverage):
 
 
 def most_coverage(calibration):
-    """Share that its groups can promise: beyond it the quantiles lie outside all errors that were seen."""
-    return (calibration["groups"] - 1) / (calibration["groups"] + 1)
+    """Share that its errors can promise: beyond it the quantiles lie outside all that were seen."""
+    return (calibration["independent"] - 1) / (calibration["independent"] + 1)
 
 
 def error_size(growth, predicted):

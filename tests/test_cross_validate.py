@@ -69,8 +69,7 @@ def test_the_table_keeps_plant_and_time_and_an_interval_from_the_errors_of_other
     named = table.rename(columns=lambda name: name.removesuffix("_g"))
     named["_plant"] = table.groupby(["experiment_id", "plant_number"]).ngroup()
     others = cross_validate.calibrate(named[table["fold"] != 2], pd.DataFrame({TARGET: named["measured"]}), args)
-    promised = (others["groups"] - 1) / (others["groups"] + 1)  # too few plants for 90 %
-    assert promised < 0.9
+    promised = min(0.9, writing.most_coverage(others))
     low, high = writing.interval(others, named.loc[table["fold"] == 2, "predicted"], promised)
     assert table.loc[table["fold"] == 2, "low_g"].tolist() == pytest.approx(low.tolist(), rel=1e-4, abs=1e-6)
     assert table.loc[table["fold"] == 2, "high_g"].tolist() == pytest.approx(high.tolist(), rel=1e-4)
@@ -178,7 +177,9 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
     checkpoint = torch.load(out / "model.pt", weights_only=True)
     calibration, familiar = checkpoint["calibration"], checkpoint["familiar"]
     assert calibration["groups"] == metrics["val_plants"] and len(calibration["scores"]) == len(table)
-    assert sum(calibration["weights"]) == pytest.approx(calibration["groups"] / (calibration["groups"] + 1))
+    independent = calibration["independent"]
+    assert calibration["groups"] <= independent <= len(table)
+    assert sum(calibration["weights"]) == pytest.approx(independent / (independent + 1))
     offset, slope, least = calibration["growth"]
     size = np.maximum(offset + slope * table["predicted_g"], least)
     scores = (table["measured_g"] - table["predicted_g"]) / size
@@ -186,7 +187,8 @@ def test_the_checkpoint_knows_how_far_it_may_be_off_and_what_it_was_trained_on(j
     assert np.array(calibration["scores"]) == pytest.approx(scores[order].to_numpy(), rel=1e-3, abs=1e-4)
     photos = table.groupby(["experiment_id", "plant_number"])["filename"].transform("size")
     assert photos.max() > 1  # each plant counts as one, however many photos it has
-    assert np.array(calibration["weights"]) == pytest.approx(1 / photos[order].to_numpy() / (metrics["val_plants"] + 1))
+    share = independent / (independent + 1) / metrics["val_plants"]
+    assert np.array(calibration["weights"]) == pytest.approx(share / photos[order].to_numpy())
     terms = np.column_stack([np.ones(len(table)), table["predicted_g"]])
     assert [offset, slope] == pytest.approx(nnls(terms, table["error_g"].abs().to_numpy())[0], rel=1e-3, abs=1e-5)
     assert familiar["mean"].shape == (1024,) and float(familiar["limit"]) > 0
@@ -270,6 +272,32 @@ def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
     assert not (tmp_path / "out" / "model.pt.progress").exists()
     assert "fold 1/2  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("plants", "photos", "alike"), [(20, 20, 0.4), (34, 2, 0.6), (150, 10, 0.0), (40, 20, 0.9)])
+def test_the_interval_holds_what_it_promises_of_new_plants_however_alike_their_photos_err(plants, photos, alike):
+    random, held, promised = np.random.default_rng(0), [], []
+    args = tm.build_parser().parse_args([])
+    for _ in range(150):
+        of_plant, of_photo = random.normal(0, 1, (2 * plants, 1)), random.normal(0, 1, (2 * plants, photos))
+        errors = 0.1 * (np.sqrt(alike) * of_plant + np.sqrt(1 - alike) * of_photo)
+        table = pd.DataFrame({"_plant": np.repeat(np.arange(plants), photos), "error": errors[:plants].ravel()})
+        table["predicted"] = 1.0
+        known = cross_validate.calibrate(table, pd.DataFrame({TARGET: [1.0]}), args)
+        assert plants <= known["independent"] <= plants * photos + 1e-6
+        promised.append(min(0.9, writing.most_coverage(known)))
+        low, high = writing.interval(known, [1.0], promised[-1])
+        held.append(((1 - errors[plants:] >= low) & (1 - errors[plants:] <= high)).mean())
+    assert np.mean(promised) - 0.02 < np.mean(held) < np.mean(promised) + 0.05
+
+
+def test_photos_that_err_as_one_are_worth_one():
+    group, photos = np.repeat(np.arange(12), 5), np.full(12, 5)
+    random = np.random.default_rng(0)
+    assert cross_validate.count_independent(random.normal(0, 1, 12)[group], group, photos) == pytest.approx(12)
+    assert cross_validate.count_independent(random.normal(0, 1, 12), np.arange(12), np.ones(12)) == 12
+    assert cross_validate.count_independent(np.zeros(60), group, photos) == 12
+    assert cross_validate.count_independent(random.normal(0, 1, 60), group, photos) > 30
 
 
 @pytest.mark.parametrize("photos", [12, 40, 400])

@@ -107,7 +107,7 @@ def test_an_interval_promises_what_its_plants_can(drawn, judged, clean, tmp_path
     narrow = weigh(judged, tmp_path / "p.csv", drawn / PHOTOS, "--coverage", 0.5)[1]
     assert (narrow["low_g"] >= clean["low_g"]).all() and narrow["high_g"].mean() < clean["high_g"].mean()
     assert "holds 50.0% of the weights in a filename never seen" in capsys.readouterr().out
-    few = {"groups": 9, "grouped_by": "experiment_id", "growth": [0.1, 0.0, 0.01], "floor": 0.0}
+    few = {"groups": 9, "independent": 9, "grouped_by": "experiment_id", "growth": [0.1, 0.0, 0.01], "floor": 0.0}
     few |= {"scores": [float(score) for score in range(-4, 5)], "weights": [0.1] * 9}
     torch.save(torch.load(judged, weights_only=True) | {"calibration": few}, tmp_path / "few.pt")
     table = weigh(tmp_path / "few.pt", tmp_path / "p.csv", drawn / PHOTOS)[1]
@@ -129,7 +129,7 @@ def test_the_interval_is_made_of_the_quantiles_of_weighted_errors(coverage):
     assert high == pytest.approx(predicted + (0.1 + 0.2 * predicted) * upper)
     assert low == pytest.approx(predicted + (0.1 + 0.2 * predicted) * lower) and upper != pytest.approx(-lower)
     table = pd.DataFrame({"predicted": predicted, "measured": [low[0] - 0.01, 1, high[2] + 0.01]})
-    checkpoint = SimpleNamespace(calibration=known | {"groups": 99, "grouped_by": "plant"})
+    checkpoint = SimpleNamespace(calibration=known | {"groups": 99, "independent": 99, "grouped_by": "plant"})
     marked, promised = predict.add_interval(table, checkpoint, coverage)
     assert marked["outside"].tolist() == [True, False, True] and promised == coverage
     assert marked["low"].to_numpy() == pytest.approx(low)

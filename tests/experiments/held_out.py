@@ -127,7 +127,7 @@ def random_fifths(name, data, folder):
     for seed in range(FIFTHS):
         away = fifth_away(plants, seed)
         calibration = cross_validate.calibrate(errors_by_folds(this, args, rows[~away]), this.labels, args)
-        promised = min(COVERAGE, (calibration["groups"] - 1) / (calibration["groups"] + 1))
+        promised = min(COVERAGE, writing.most_coverage(calibration))
         seen = predict(this, args, train(this, args, rows[~away]), (rows[~away], rows[away]))
         low, high = writing.interval(calibration, seen["predicted"], promised)
         tables.append({"promised": promised} | coverage(seen["measured"], low, high))

@@ -259,7 +259,7 @@ CHANGES = [
      "plants too light for the interval are not marked", "predict: weighted_errors"),
     (PREDICT, 'errors = known["predicted"] - known["measured"]', 'errors = known["measured"] - known["predicted"]',
      "the bias told has the other sign", "predict: measured_weights"),
-    (WRITING, 'return (calibration["groups"] - 1) / (', 'return calibration["groups"] / (',
+    (WRITING, 'return (calibration["independent"] - 1) / (', 'return calibration["independent"] / (',
      "few plants promise more than they can", "predict: its_plants_can"),
     (PREDICT, "plant.trait_table(measured, args.mm_per_pixel).set_axis(good.index)",
      "plant.trait_table(measured[::-1], args.mm_per_pixel).set_axis(good.index)",
