@@ -16,6 +16,7 @@ import logging
 import math
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -548,14 +549,17 @@ def pool_metrics(run, table, splits, shares, args):
     return metrics | {"folds": spread | {"each": each}} | judge_within(table, args)
 
 
-def remove_older(args):
-    """Remove what an earlier run has left in the folder and this one does not write: it would be taken for its own."""
+def set_older_apart(args):
+    """Rename what an earlier run has left in the folder and this one does not write: it would be taken for its own."""
     left = [] if args.learning_curve else ["learning_curve.csv", "learning_curve.png"]
     left += ["where_it_looks.png"] if args.no_erasing else []
-    for path in (args.results_dir / name for name in left):
-        if path.is_file():
-            path.unlink()
-            logger.info(f"removed {path}, which an earlier run has left")
+    for path in filter(Path.is_file, (args.results_dir / name for name in left)):
+        older = path.with_suffix(f".older{path.suffix}")
+        try:
+            path.replace(older)
+            logger.info(f"{path} of an earlier run is kept as {older.name}")
+        except OSError:  # open in Excel
+            logger.info(f"warning: {path} is of an earlier run")
 
 
 def cross_validate(argv, started):
@@ -584,7 +588,7 @@ def cross_validate(argv, started):
         panel = functools.partial(plot_within, metrics["within"], args) if "within" in metrics else None
         if not args.no_erasing:
             draw_where_it_looks(run, results[0]["heats"], table, args)
-        remove_older(args)
+        set_older_apart(args)
         tm.finish(table, history, metrics, run, args, panel)
     run.progress.remove()
     return 0

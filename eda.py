@@ -259,10 +259,12 @@ def target_distribution(figure, sheet, photos, args):
 
 
 def plain_ticks(axis):
-    """Numbers as people write them on a logarithmic axis, also where it spans less than a decade."""
+    """Numbers as people write them on a logarithmic axis, several also where it spans less than a decade."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    low, high = axis.get_view_interval()
+    steps = (1, 3) if high < 1e5 * low else (1,)
+    axis.set_major_locator(ticker.LogLocator(subs=steps) if high > 20 * low else ticker.AutoLocator())
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(ticker.NullFormatter())
 

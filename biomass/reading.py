@@ -533,7 +533,7 @@ def to_ids(cells):
 
 
 def number_plants(columns):
-    """A number for each plant, in the order of the columns' values; load_rows leaves out rows that lack one."""
+    """A number for each plant, in the order of the columns' values; rows that lack one are left out later."""
     keys = columns.apply(to_ids)
     for name in keys:
         numbers = pd.to_numeric(keys[name], errors="coerce")

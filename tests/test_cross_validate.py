@@ -237,10 +237,10 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
     sheet = pd.read_excel(drawn / SHEET).dropna(subset=TARGET).drop_duplicates("plant_number")["filename"].tolist()
     photos = tmp_path / "data" / "images_med_res"
     shutil.copy(photos / sheet[0], photos / sheet[1])
-    flags, older = ["--folds", 5, "--epochs", 1, "--no_erasing"], ["learning_curve.png", "where_it_looks.png"]
+    flags, older = ["--folds", 5, "--epochs", 1, "--no_erasing"], ["learning_curve", "where_it_looks"]
     (tmp_path / "out").mkdir()
     for name in older:
-        (tmp_path / "out" / name).write_bytes(b"of an earlier run")
+        (tmp_path / "out" / f"{name}.png").write_bytes(b"of an earlier run")
     metrics = train(tmp_path / "data", tmp_path / "out", *flags, script=cross_validate)
     table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("filename")
     folds = table.loc[sheet[:2], "fold"].tolist()
@@ -250,12 +250,13 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
     printed = capsys.readouterr().out
     assert printed.count("left 1 training rows out, their photo is in validation too") == 2
     for name in older:  # it would be taken for this run's
-        assert not (tmp_path / "out" / name).exists() and f"removed {tmp_path / 'out' / name}" in printed
+        assert not (tmp_path / "out" / f"{name}.png").exists() and f"kept as {name}.older.png" in printed
+        assert (tmp_path / "out" / f"{name}.older.png").read_bytes() == b"of an earlier run"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
 def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
-    flags = ["--folds", 2, "--epochs", 40, "--no_erasing"]
+    flags = ["--folds", 2, "--epochs", 60]
     train(drawn, tmp_path / "whole", *flags, script=cross_validate)
     command = [sys.executable, "-c", START, "cross_validate", *flags_of(drawn, tmp_path / "out", *flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -54,7 +54,9 @@ def clean(once, drawn, judged):
 
 @pytest.fixture(scope="session")
 def with_metadata(once, drawn):
-    flags = "--model_name resnet18 --weights none --metadata_columns age_days lab_book_page".split()
+    flags = (
+        "--model_name resnet18 --weights none --target_transform log --metadata_columns age_days lab_book_page".split()
+    )
     return once("with_metadata", lambda folder: train(drawn, folder / "out", *flags)) / "out"
 
 

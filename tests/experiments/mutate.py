@@ -393,6 +393,7 @@ def main():
     for mutation in MUTATIONS:
         place_of(mutation)
     table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame({"change": [], "killed_by": []}, dtype=str)
+    table = table[table["change"].isin([f"{mutation.old} -> {mutation.new}" for mutation in MUTATIONS])]
     killed = table[table["killed_by"].str.contains("::")].set_index("change")["killed_by"]
     wanted = [number for number in args.only if f"{MUTATIONS[number].old} -> {MUTATIONS[number].new}" not in killed]
     with ThreadPoolExecutor(args.jobs) as pool:
