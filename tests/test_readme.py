@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "experiments")]
+
+import lettuces  # noqa: E402
 
 import cross_validate  # noqa: E402
 import eda  # noqa: E402
@@ -29,7 +31,6 @@ RUNS = {  # folder in results/: what the README calls it, and what it was judged
     "random_resnet18": ("random ResNet18, the study's defaults", "20 %, best epoch"),
     "study_folds": ("lite0, else the study's defaults", "five folds"),
     "cross_validation": ("recommended", "five folds"),
-    "random_resnet18_folds": ("random ResNet18, the study's defaults", "five folds"),
     "study_by_experiment": ("lite0, else the study's defaults", "nine experiments"),
     "by_experiment": ("recommended", "nine experiments"),
 }
@@ -40,6 +41,7 @@ SETS = {  # set in recipes.csv and peers.csv: the folder of the recommended reci
     "drawn 400": "drawn_400",
     "drawn 4294": "cross_validation",
 }
+NAMES = {"drawn": "drawn 4294", "400 drawn": "drawn 400", "food": "food", "lettuces": "lettuce", "pigs": "pigs"}
 OTHERS = [  # in recipes.csv and peers.csv
     "ridge on features", "Gaussian process on features", "forest on traits", "ridge on traits",
     "traits of the green mask, best of three models", "ridge on the last features of lite0",
@@ -136,12 +138,28 @@ def test_tables_and_pictures_are_those_of_the_result_files():
     assert best["looks_at"].split(":")[0] in readme.replace("\n", " ")
 
 
+def test_what_the_text_says_of_errors_and_ranges_is_in_the_tables_of_predictions():
+    readme, held, errors = (ROOT / "README.md").read_text().replace("\n", " "), {}, {}
+    for name, folder in SETS.items():
+        table = pd.read_csv(RESULTS / folder / "predictions.csv").rename(columns=lambda of: re.sub("_k?g$", "", of))
+        held[name] = table["measured"].between(table["low"], table["high"]).mean()
+        errors[name] = 100 * (table["error"].abs() / table["measured"]).median()
+        if name == "lettuce":
+            side = table["filename"].isin([f"IMG_{number}.jpg" for number in lettuces.FROM_THE_SIDE.split()])
+            above, beside = (table.loc[rows, "error"].pow(2).mean() ** 0.5 for rows in (~side, side))
+            assert f"({above:.0f} g on those from above, {beside:.0f} g on {side.sum()} from the side)" in readme
+    told = [f"{name} {held[of]:.0%}" for name, of in NAMES.items()]
+    assert ", ".join(told).replace("%", " %") in readme, told
+    assert f"weights of seedlings are within {errors['drawn 4294']:.0f} % of the balance" in readme
+    assert f"of lettuces within {errors['lettuce']:.0f} %" in readme
+
+
 def test_all_documented_runs_are_of_one_commit():
     commits = {folder: metrics(folder)["run"]["commit"] for folder in {*RUNS, *SETS.values()}}
     commits["erasing"] = json.loads((RESULTS / "erasing.json").read_text())["commit"]
-    held_out = json.loads((RESULTS / "held_out.json").read_text())
-    commits |= {f"held out, {name}": found["commit"] for name, found in held_out.items()}
     assert len(set(commits.values())) == 1, commits
+    held_out = json.loads((RESULTS / "held_out.json").read_text())
+    assert len({found["commit"] for found in held_out.values()}) == 1
     assert all(metrics(folder)["run"]["clean_tree"] for folder in {*RUNS, *SETS.values()})
     assert f"commit: {commits['.']}" in (ROOT / "training.log").read_text()
 

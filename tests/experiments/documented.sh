@@ -32,7 +32,6 @@ python cross_validate.py $full $lite0 $(at study_folds)
 python cross_validate.py $full $recommended $away $(at by_experiment)
 python cross_validate.py $full $lite0 $away $(at study_by_experiment)
 python train_model.py $full $random $(at random_resnet18)
-python cross_validate.py $full $random --no_erasing $(at random_resnet18_folds)
 if [ -n "$real" ]; then
     real_set lettuce lettuce_hydro weight_g plant
     real_set pigs pigs weight_kg pig
