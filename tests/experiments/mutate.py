@@ -143,7 +143,7 @@ CHANGES = [
      "the calibration counts photos, not plants", "cross_validate: checkpoint_knows"),
     (CROSS, "independent / (independent + 1))[order]", "independent / (independent + 1))",
      "the calibration's weights are those of other rows", "cross_validate: checkpoint_knows"),
-    (CROSS, "stats.f.ppf(0.1, groups", "stats.f.ppf(0.99, groups", "photos of a plant are taken to err too little alike",
+    (CROSS, "stats.f.ppf(0.1, groups", "stats.f.ppf(0.99, groups", "photos of a plant are taken to err too differently",
      "cross_validate: err_as_one or however_alike"),
     (CROSS, "fit(terms, np.abs(errors))", "fit(terms, np.maximum(errors, 0))",
      "the interval's width comes from half of the errors", "cross_validate: checkpoint_knows"),
