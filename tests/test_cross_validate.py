@@ -14,6 +14,7 @@ import torch
 from conftest import SHEET, START, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 from scipy.optimize import nnls
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 from sklearn.model_selection import GroupKFold
@@ -298,7 +299,11 @@ def test_photos_that_err_as_one_are_worth_one():
     assert cross_validate.count_independent(random.normal(0, 1, 12)[group], group, photos) == pytest.approx(12)
     assert cross_validate.count_independent(random.normal(0, 1, 12), np.arange(12), np.ones(12)) == 12
     assert cross_validate.count_independent(np.zeros(60), group, photos) == 12
-    assert cross_validate.count_independent(random.normal(0, 1, 60), group, photos) > 30
+    scores = random.normal(0, 1, 60) + 0.7 * random.normal(0, 1, 12)[group]
+    ratio = stats.f_oneway(*scores.reshape(12, 5)).statistic / stats.f.ppf(0.1, 11, 48)
+    alike = (ratio - 1) / (ratio + 4)  # the upper 90 % limit of the intraclass correlation
+    wanted = 60 / (1 + 4 * alike)
+    assert 12 < cross_validate.count_independent(scores, group, photos) == pytest.approx(wanted) < 60
 
 
 @pytest.mark.parametrize("photos", [12, 40, 400])
