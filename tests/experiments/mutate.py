@@ -311,8 +311,8 @@ CHANGES = [
      "make_sample_data: noise_floor"),
     (DRAW, "shoot = (total - root).round(4)", "shoot = total", "a drawn shoot weighs as much as its plant",
      "make_sample_data: clean_sheet"),
-    (DRAW, 'np.exp(-plants["thickness"])', 'np.exp(plants["thickness"])',
-     "thick leaves are drawn on large plants, against the law", "make_sample_data: follow_the_law"),
+    (DRAW, "ALLOMETRY, EXPONENT = 0.055, 1.1", "ALLOMETRY, EXPONENT = 0.055, 1.2", "drawn plants follow another law",
+     "make_sample_data: follow_the_law"),
 ]
 # fmt: on
 MUTATIONS = [Mutation(*change) for change in CHANGES]
