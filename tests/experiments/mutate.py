@@ -41,6 +41,10 @@ class Mutation(NamedTuple):
     wrong: str
     tests: str  # names of test files, behind a colon what their tests are chosen by, as pytest's -k
 
+    @property
+    def change(self):
+        return f"{self.old} -> {self.new}"
+
 
 # fmt: off
 CHANGES = [
@@ -373,7 +377,7 @@ def try_one(number):
         path.write_text(text, encoding="utf-8")
         failed = run_pytest(folder, "-x", *tests, *(["-k", choice] if choice else []))
     line = {"number": number, "file": mutation.file, "line": place_of(mutation)}
-    line |= {"change": f"{mutation.old} -> {mutation.new}", "wrong": mutation.wrong}
+    line |= {"change": mutation.change, "wrong": mutation.wrong}
     seconds = round(time.perf_counter() - started)
     return line | {"killed_by": failed[0].removeprefix("tests/") if failed else "survived", "seconds": seconds}
 
@@ -394,9 +398,9 @@ def main():
     for mutation in MUTATIONS:
         place_of(mutation)
     table = pd.read_csv(TABLE) if TABLE.is_file() else pd.DataFrame({"change": [], "killed_by": []}, dtype=str)
-    table = table[table["change"].isin([f"{mutation.old} -> {mutation.new}" for mutation in MUTATIONS])]
+    table = table[table["change"].isin([mutation.change for mutation in MUTATIONS])]
     killed = table[table["killed_by"].str.contains("::")].set_index("change")["killed_by"]
-    wanted = [number for number in args.only if f"{MUTATIONS[number].old} -> {MUTATIONS[number].new}" not in killed]
+    wanted = [number for number in args.only if MUTATIONS[number].change not in killed]
     with ThreadPoolExecutor(args.jobs) as pool:
         for line in pool.map(try_one, wanted):
             print("{number:3d}  {wrong:75s} {killed_by}  {seconds} s".format(**line), flush=True)
