@@ -147,12 +147,10 @@ def calibrate(table, labels, args):
 def count_independent(scores, group, photos):
     """How many independent errors the scores are worth: as many as there are plants, up to as many as photos.
 
-    It hangs on how alike the errors of one plant's photos are (Kish 1965, Survey Sampling, chapter 5), for which the
-    upper 90 % limit of the intraclass correlation is taken (Searle 1971, Linear Models, chapter 9), as few plants tell
-    it badly. `group` (n,) numbers the plant of each score, `photos` counts those of each plant.
+    It hangs on how alike the errors of one plant's photos are (Kish 1965, Survey Sampling, chapter 5): on their
+    intraclass correlation, by the analysis of variance (Donner 1986, International Statistical Review 54, 67-82).
+    `group` (n,) numbers the plant of each score, `photos` counts those of each plant.
     """
-    from scipy import stats
-
     count, groups = len(scores), len(photos)
     if groups < 2 or groups == count:
         return float(groups)
@@ -160,9 +158,8 @@ def count_independent(scores, group, photos):
     between = (photos * (means - scores.mean()) ** 2).sum() / (groups - 1)
     within = ((scores - means[group]) ** 2).sum() / (count - groups)
     typical = (count - (photos**2).sum() / count) / (groups - 1)
-    most = between / stats.f.ppf(0.1, groups - 1, count - groups)
-    spread = most + (typical - 1) * within
-    alike = float(np.clip((most - within) / spread, 0, 1)) if spread > 0 else 1.0
+    spread = between + (typical - 1) * within
+    alike = float(np.clip((between - within) / spread, 0, 1)) if spread > 0 else 1.0
     return groups / (alike + (1 - alike) * float((1 / photos).mean()))
 
 

@@ -300,8 +300,8 @@ def test_photos_that_err_as_one_are_worth_one():
     assert cross_validate.count_independent(random.normal(0, 1, 12), np.arange(12), np.ones(12)) == 12
     assert cross_validate.count_independent(np.zeros(60), group, photos) == 12
     scores = random.normal(0, 1, 60) + 0.7 * random.normal(0, 1, 12)[group]
-    ratio = stats.f_oneway(*scores.reshape(12, 5)).statistic / stats.f.ppf(0.1, 11, 48)
-    alike = (ratio - 1) / (ratio + 4)  # the upper 90 % limit of the intraclass correlation
+    ratio = stats.f_oneway(*scores.reshape(12, 5)).statistic
+    alike = (ratio - 1) / (ratio + 4)  # the intraclass correlation
     wanted = 60 / (1 + 4 * alike)
     assert 15 < wanted < 50 and cross_validate.count_independent(scores, group, photos) == pytest.approx(wanted)
 
