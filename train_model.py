@@ -152,7 +152,7 @@ RECIPES = {  # flags; one that is given beside --recipe wins
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
     "all_layers": """--model_name tf_efficientnet_lite0 --image_size 160 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
-        --unfreeze_backbone --head_epochs 40 --epochs 6 --backbone_learning_rate 5e-5
+        --unfreeze_backbone --head_epochs 40 --epochs 14 --backbone_learning_rate 5e-4
         --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
