@@ -299,11 +299,14 @@ def test_photos_that_err_as_one_are_worth_one():
     assert cross_validate.count_independent(random.normal(0, 1, 12)[group], group, photos) == pytest.approx(12)
     assert cross_validate.count_independent(random.normal(0, 1, 12), np.arange(12), np.ones(12)) == 12
     assert cross_validate.count_independent(np.zeros(60), group, photos) == 12
-    scores = random.normal(0, 1, 60) + 0.7 * random.normal(0, 1, 12)[group]
-    ratio = stats.f_oneway(*scores.reshape(12, 5)).statistic
-    alike = (ratio - 1) / (ratio + 4)  # the intraclass correlation
-    wanted = 60 / (1 + 4 * alike)
-    assert 15 < wanted < 50 and cross_validate.count_independent(scores, group, photos) == pytest.approx(wanted)
+    for counts in (photos, np.arange(1, 13)):  # of unequal numbers too
+        group, count = np.repeat(np.arange(12), counts), counts.sum()
+        scores = random.normal(0, 1, count) + 0.7 * random.normal(0, 1, 12)[group]
+        ratio = stats.f_oneway(*np.split(scores, np.cumsum(counts)[:-1])).statistic
+        alike = (ratio - 1) / (ratio - 1 + (count - (counts**2).sum() / count) / 11)  # the intraclass correlation
+        wanted = 12 / np.mean(alike + (1 - alike) / counts)
+        assert 15 < wanted < count - 10
+        assert cross_validate.count_independent(scores, group, counts) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("photos", [12, 40, 400])

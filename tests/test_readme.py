@@ -1,4 +1,4 @@
-"""The README says what the result files say, its commands name flags that exist, and all results are of one commit.
+"""The README says what the result files say, and its commands name flags that exist.
 
 python tests/test_readme.py    # prints the tables for the README, from the result files
 """
@@ -47,8 +47,8 @@ OTHERS = [  # in recipes.csv and peers.csv
     "traits of the green mask, best of three models", "ridge on the last features of lite0",
 ]  # fmt: skip
 CHANGES = [  # of the recommended recipe, in recipes.csv
-    "20 epochs", "224 px", "320 px", "weight decay 10", "head of 512",
-    "without traits", "target as it is", "target's logarithm", "stages' mean and maximum",
+    "20 epochs", "224 px", "320 px", "weight decay 10", "without traits",
+    "target as it is", "target's logarithm", "stages' mean and maximum",
     "study's augmentation, 4 views", "each feature by its own deviation",
 ]  # fmt: skip
 SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
@@ -101,7 +101,7 @@ def sets_table():
 
 def changes_table():
     """RMSE of the recommended recipe with one thing changed, relative to it, by set."""
-    rmse = pd.read_csv(RESULTS / "recipes.csv").groupby(["recipe", "set"])["rmse"].mean().unstack()
+    rmse = pd.read_csv(RESULTS / "recipes.csv").query("seed == 42").set_index(["recipe", "set"])["rmse"].unstack()
     names = {of: name for name, of in NAMES.items() if rmse.loc["20 epochs"].notna()[of]}
     ratios = (rmse / rmse.loc["recommended"]).loc[CHANGES, list(names)]
     lines = [f"| changed | {' | '.join(names.values())} |", "| " + " | ".join(["-----", *["---"] * len(names)]) + " |"]
@@ -174,6 +174,27 @@ def test_what_the_text_says_of_errors_and_ranges_is_in_the_tables_of_predictions
     assert ", ".join(told).replace("%", " %") in readme, told
     assert f"weights of seedlings are within {errors['drawn 4294']:.0f} % of the balance" in readme
     assert f"of lettuces within {errors['lettuce']:.0f} %" in readme
+
+
+def test_what_the_text_says_of_plants_kept_away_and_of_many_photos_is_in_the_result_files():
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    away = json.loads((RESULTS / "held_out.json").read_text())
+    drawn, food = (f"{away[name]['interval_90']['share']:.0%}" for name in ("drawn 4294", "food"))
+    lettuce, pigs = (f"{away[name]['share']:.0%}" for name in ("lettuce", "pigs"))
+    told = f"of a fifth of the drawn plants {drawn}, of the food {food}; over twenty random fifths {lettuce} of the "
+    told += f"lettuces and {pigs} of the pigs"
+    assert told.replace("%", " %") in readme, told
+    drawn = away["drawn 4294"]
+    assert f"{drawn['unlike_held_out']:.1%} of the drawn photos kept away".replace("%", " %") in readme
+    assert drawn["unlike_others"] == 1 and f"all of {len(drawn['others'])} photos of other subjects" in readme
+    scale = json.loads((RESULTS / "scale.json").read_text())
+    most, cores = scale["runs"][-1], {1: "one core", 2: "two cores"}[scale["cores"]]
+    told = (
+        f"{most['rows']:,} photos of 96 pixels by a small network (`results/scale.json`): {most['peak_gb']:.1f} GB of "
+    )
+    told += f"memory, {most['store_gb']:.1f} GB of disk, {most['ms_a_row']:.0f} ms a photo on {cores}, "
+    told += f"{scale['time_a_row_ratio']:.1f} times that of 10,000"
+    assert told in readme, told
 
 
 def test_documented_runs_are_of_one_commit():

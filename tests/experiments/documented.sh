@@ -3,7 +3,7 @@
 #   bash tests/experiments/documented.sh FOLDER
 # FOLDER holds the sets of real photos, see tests/experiments/recipes.py; without it, what needs them is left out.
 # Needs the drawn sets: python make_sample_data.py, and the same with --num_images 4294 --out full_sample.
-# Some six hours on two cores, most of it the last five lines.
+# Some seven hours on two cores, most of it the last five lines.
 set -euo pipefail
 real=${1:-}
 full="--data_dir full_sample"

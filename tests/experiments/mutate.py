@@ -149,6 +149,8 @@ CHANGES = [
      "the calibration's weights are those of other rows", "cross_validate: checkpoint_knows"),
     (CROSS, "(between - within) / spread", "(between - within) / spread / 4",
      "photos of a plant are taken to err too differently", "cross_validate: err_as_one or however_alike"),
+    (CROSS, "typical = (count - (photos**2).sum() / count) / (groups - 1)", "typical = count / groups",
+     "plants are taken to have equally many photos", "cross_validate: err_as_one"),
     (CROSS, "fit(terms, np.abs(errors))", "fit(terms, np.maximum(errors, 0))",
      "the interval's width comes from half of the errors", "cross_validate: checkpoint_knows"),
     (CROSS, "calibrate(table, run.labels, args), familiar)",

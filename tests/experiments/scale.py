@@ -21,6 +21,8 @@ import pandas as pd
 from PIL import Image, ImageDraw
 from recipes import ROOT, tm
 
+from biomass import reading
+
 SIDE = 96
 FLAGS = "--model_name mobilenet_v3_small --weights none --image_size 96 --features last stages traits --folds 2".split()
 FLAGS += "--standardize_features --target_transform sqrt --augmentation symmetries --epochs 4 --no_erasing".split()
@@ -68,7 +70,7 @@ def measure(count, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    result = {"commit": tm.git("rev-parse", "HEAD"), "runs": []}
+    result = {"commit": tm.git("rev-parse", "HEAD"), "cores": reading.cores(), "runs": []}
     for count in sorted(parser.parse_args().rows):
         with tempfile.TemporaryDirectory() as folder:
             result["runs"].append(measure(count, Path(folder)))
