@@ -3,7 +3,7 @@
 #   bash tests/experiments/documented.sh FOLDER
 # FOLDER holds the sets of real photos, see tests/experiments/recipes.py; without it, what needs them is left out.
 # Needs the drawn sets: python make_sample_data.py, and the same with --num_images 4294 --out full_sample.
-# Some seven hours on two cores, most of it the last five lines.
+# Some seven hours on two cores, most of it the last lines.
 set -euo pipefail
 real=${1:-}
 full="--data_dir full_sample"
@@ -19,6 +19,16 @@ at() {  # at NAME: where the outputs of a further run go
 real_set() {  # real_set NAME FOLDER TARGET GROUP: judge a set of real photos, of which no picture is kept
     python cross_validate.py $recommended --learning_curve --labels_path "$real/$2/labels.csv" \
         --image_dir "$real/$2/images" --target "$3" --group_by "$4" $(at "$1")
+    hide "$1"
+}
+
+fifth_of_pigs() {  # fifth_of_pigs NAME RECIPE: the study's split of the pigs
+    python train_model.py --recipe "$2" --labels_path "$real/pigs/labels.csv" --image_dir "$real/pigs/images" \
+        --target weight_kg --group_by pig $(at "$1")
+    hide "$1"
+}
+
+hide() {  # hide NAME: photos and folders that are not ours to show
     rm -f "results/$1/where_it_looks.png" "results/$1/worst_predictions.png"
     sed -i "s#$real#FOLDER#g" "results/$1/metrics.txt" "results/$1/training.log"
 }
@@ -44,7 +54,12 @@ python tests/experiments/growth.py --model models/biomass_cross_validated.pt ${r
 python tests/experiments/erasing.py $full
 python tests/test_faults.py
 python tests/experiments/benchmark.py $full
+python train_model.py $full $recommended $(at drawn_fifth)
 python train_model.py $full --recipe all_layers $(at all_layers)
+if [ -n "$real" ]; then
+    fifth_of_pigs pigs_fifth recommended
+    fifth_of_pigs pigs_fifth_all_layers all_layers
+fi
 python tests/experiments/held_out.py ${real:+--real "$real"}
 python tests/experiments/scale.py
 python tests/experiments/recipes.py ${real:+--real "$real"}
