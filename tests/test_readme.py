@@ -46,6 +46,7 @@ OTHERS = [  # in recipes.csv and peers.csv
     "ridge on features", "Gaussian process on features", "forest on traits", "ridge on traits",
     "traits of the green mask, best of three models", "ridge on the last features of lite0",
 ]  # fmt: skip
+YOUNGER = ("all_layers", "drawn_fifth", "pigs_fifth", "pigs_fifth_all_layers")
 CHANGES = [  # of the recommended recipe, in recipes.csv
     "20 epochs", "224 px", "320 px", "weight decay 10", "without traits",
     "target as it is", "target's logarithm", "stages' mean and maximum",
@@ -102,9 +103,9 @@ def sets_table():
 def changes_table():
     """RMSE of the recommended recipe with one thing changed, relative to it, by set."""
     rmse = pd.read_csv(RESULTS / "recipes.csv").query("seed == 42").set_index(["recipe", "set"])["rmse"].unstack()
-    names = {of: name for name, of in NAMES.items() if rmse.loc["20 epochs"].notna()[of]}
-    ratios = (rmse / rmse.loc["recommended"]).loc[CHANGES, list(names)]
-    lines = [f"| changed | {' | '.join(names.values())} |", "| " + " | ".join(["-----", *["---"] * len(names)]) + " |"]
+    ratios = (rmse / rmse.loc["recommended"]).rename(columns={of: name for name, of in NAMES.items()})
+    ratios = ratios.loc[CHANGES, list(NAMES)].dropna(axis=1, how="all")  # of the sets that they were tried on
+    lines = [" | ".join(["| changed", *ratios]) + " |", " | ".join(["| -----", *["---"] * ratios.shape[1]]) + " |"]
     return lines + [
         " | ".join([f"| {name}", *("-" if ratio != ratio else f"{ratio:.2f}" for ratio in row)]) + " |"
         for name, *row in ratios.itertuples()
@@ -189,17 +190,26 @@ def test_what_the_text_says_of_plants_kept_away_and_of_many_photos_is_in_the_res
     assert drawn["unlike_others"] == 1 and f"all of {len(drawn['others'])} photos of other subjects" in readme
     scale = json.loads((RESULTS / "scale.json").read_text())
     most, cores = scale["runs"][-1], {1: "one core", 2: "two cores"}[scale["cores"]]
-    told = (
-        f"{most['rows']:,} photos of 96 pixels by a small network (`results/scale.json`): {most['peak_gb']:.1f} GB of "
-    )
-    told += f"memory, {most['store_gb']:.1f} GB of disk, {most['ms_a_row']:.0f} ms a photo on {cores}, "
-    told += f"{scale['time_a_row_ratio']:.1f} times that of 10,000"
+    told = f"{most['rows']:,} photos of 96 pixels by a small network (`results/scale.json`): "
+    told += f"{most['peak_gb']:.1f} GB of memory, {most['store_gb']:.1f} GB of disk, "
+    told += f"{most['ms_a_row']:.0f} ms a photo on {cores}, {scale['time_a_row_ratio']:.1f} times that of 10,000"
     assert told in readme, told
 
 
+def test_what_the_text_says_of_all_layers_is_by_the_last_epochs():
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    last = {folder: metrics(folder)["last_epoch_val_rmse"] for folder in YOUNGER}
+    drawn, frozen = last["all_layers"], last["drawn_fifth"]
+    assert f"{drawn:.3f} g on the 20 %" in readme and f"the frozen recipe ends at {frozen:.3f} g" in readme
+    both = {f"{last[folder]:.1f}" for folder in ("pigs_fifth", "pigs_fifth_all_layers")}
+    assert len(both) == 1 and f"On a fifth of the pigs both end at {both.pop()} kg" in readme
+
+
 def test_documented_runs_are_of_one_commit():
-    """But for all_layers, whose recipe is younger."""
-    commits = {folder: metrics(folder)["run"]["commit"] for folder in {*RUNS, *SETS.values()} - {"all_layers"}}
+    """But for all_layers, whose recipe is younger, and what it is compared with: these are of another one."""
+    assert len({metrics(folder)["run"]["commit"] for folder in YOUNGER}) == 1
+    assert all(metrics(folder)["run"]["clean_tree"] for folder in YOUNGER)
+    commits = {folder: metrics(folder)["run"]["commit"] for folder in {*RUNS, *SETS.values()} - {*YOUNGER}}
     commits["erasing"] = json.loads((RESULTS / "erasing.json").read_text())["commit"]
     assert len(set(commits.values())) == 1, commits
     assert all(metrics(folder)["run"]["clean_tree"] for folder in {*RUNS, *SETS.values()})

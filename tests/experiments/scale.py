@@ -1,6 +1,6 @@
 """Does it stay within a computer? Many photos of different content through symmetries, training and folds.
 
-    python tests/experiments/scale.py                      10,000, then 100,000 photos; half an hour on two cores
+    python tests/experiments/scale.py                      10,000, then 100,000 photos; 25 minutes on one core
     python tests/experiments/scale.py --rows 2000 20000
 
 Runs cross_validate.py on them as a process of its own, with a small network of random weights at 96 pixels, and writes
