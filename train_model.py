@@ -75,15 +75,15 @@ class Augmentation:
     predicted = (0,)  # the versions whose mean is the prediction
 
     def __init__(self, seed, views):
-        self.seed, self.views = seed, views
+        self.seed, self.views = seed, views  # --augment_views, 0 where layers of the backbone learn
 
-    def trained(self, number):
-        """The version on which a pass over the training photos trains; passes count from 0 over all epochs."""
-        return 0
+    def trained(self, number, rows):
+        """The version of each row (n,) on which a pass over them trains; passes count from 0 over all epochs."""
+        return np.zeros_like(rows)
 
     def kept(self, passes):
         """The versions on which so many passes train, as far as they come again."""
-        return {self.trained(number) for number in range(passes)}
+        return {0}
 
     def make(self, photo, version, content):
         """A version other than 0 of a Pillow photo of the backbone's size; `content` is the digest of its file."""
@@ -103,11 +103,11 @@ class StudyAugmentation(Augmentation):
 
     FLIP, DEGREES, BRIGHTNESS, CONTRAST, SATURATION = 0.5, 10, 0.2, 0.2, 0.1
 
-    def trained(self, number):
-        return 1 + (number % self.views if self.views else number)
+    def trained(self, number, rows):
+        return np.full_like(rows, 1 + (number % self.views if self.views else number))
 
     def kept(self, passes):
-        return super().kept(passes) if self.views else set()
+        return set(range(1, 1 + min(passes, self.views)))
 
     def make(self, photo, version, content):
         # not torchvision's, which draw from the global generator and so hang on the order of threads
@@ -129,13 +129,17 @@ class StudyAugmentation(Augmentation):
 class Symmetries(Augmentation):
     """The photo, its three quarter turns, and the mirror images of the four: to a camera above, eight of one plant.
 
-    They are exact, without resampling or corners. Passes train on one after the other, a prediction is their mean.
+    They are exact, without resampling or corners. Passes train on one after the other, or mixed where each pass moves
+    the backbone: it would follow the version. A prediction is the mean of all.
     """
 
     predicted = tuple(range(8))
 
-    def trained(self, number):
-        return number % 8
+    def trained(self, number, rows):
+        return (number + rows * (self.views == 0)) % 8
+
+    def kept(self, passes):
+        return set(self.predicted)
 
     def make(self, photo, version, content):
         return photo.transpose(Image.Transpose(version - 1))  # which numbers the seven others from 0
@@ -152,7 +156,7 @@ RECIPES = {  # flags; one that is given beside --recipe wins
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
     "all_layers": """--model_name tf_efficientnet_lite0 --image_size 160 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
-        --unfreeze_backbone --head_epochs 40 --epochs 14 --backbone_learning_rate 5e-4
+        --unfreeze_backbone --drop_path 0.3 --head_epochs 40 --epochs 16 --backbone_learning_rate 5e-4
         --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
@@ -282,19 +286,21 @@ class Backbone(nn.Module):
 
     `stages` joins to the last features the averages of the maps before them, the last one of each shape that the
     network's children and grandchildren give: they see area and texture, which the last features have thrown away.
-    Raises UserError where there is no such network, or none for this size.
+    `drop_path` is the share of its last block's steps that a training leaves out. Raises UserError where there is no
+    such network, or none for this size or drop path.
     """
 
-    def __init__(self, name, size=None, stages=False):
+    def __init__(self, name, size=None, stages=False, drop_path=0):
         super().__init__()
         self.name, self.stages, self.averages = name, [], []
         try:
-            self.net, self.size, mean, std, self.interpolation = features.build_network(name, size)
+            self.net, self.size, mean, std, self.interpolation = features.build_network(name, size, drop_path)
             self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
             self.width = self.find_stages(stages)
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             flag = f"--image_size {size} does not suit {name}" if size else f"--model_name {name}"
+            flag = f"{name} cannot do --drop_path, pass 0" if drop_path and isinstance(error, TypeError) else flag
             raise UserError(f"{flag}: {reading.one_line(error)}") from error
 
     @torch.inference_mode()
@@ -447,7 +453,10 @@ def new_model(batches, backbone, train_rows):
     torch.manual_seed(args.seed)
     plan = reading.plan_metadata(dataset.labels.iloc[train_rows], args.metadata_columns)
     dataset.metadata = torch.from_numpy(reading.encode_metadata(dataset.labels, plan))
-    backbone = copy.deepcopy(backbone) if features.learns(args) else backbone
+    if features.learns(args):
+        backbone = copy.deepcopy(backbone)
+        if batches.accelerator.device.type == "cpu":
+            features.keep_depthwise_in_fp32(backbone.net)
     learn_from = args.unfreeze_from or (None if args.freeze_backbone else "")
     widths = dataset.traits[None].shape[1], dataset.metadata.shape[1]
     model = BiomassModel(backbone, learn_from, *widths, args.target_transform, args.dropout)
@@ -791,6 +800,8 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
 RATE = "of the backbone, and after --head_epochs of the head too (default: --learning_rate)"
+DROP_PATH = """where layers of the backbone learn: share of steps that leave its last block out, less of those before it
+    (stochastic depth, Huang et al. 2016); 0: as the library has it"""
 HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
 STEPS = "steps that an epoch takes at least: where photos are few it passes over them several times"
 PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
@@ -830,6 +841,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)
     add("--dropout", type=number(float, 0, 1), default=0.3, help="share of the features that a step leaves out")
+    add("--drop_path", type=number(float, 0, 1), default=0.0, help=DROP_PATH)
     add("--loss", choices=list(LOSSES), default="mse", help="of the transformed target")
     transformed = ["none", "log", "sqrt", "standardize"]
     add("--target_transform", choices=transformed, default="none", help="undone before every number that is shown")
@@ -846,8 +858,9 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--metrics_path", type=reading.a_path, help="JSON (default: RESULTS_DIR/metrics.txt)")
     add("--curves_path", type=reading.a_path, help="picture (default: RESULTS_DIR/training_curves.png)")
     add("--model_out", type=reading.a_path, default=model, help="checkpoint")
-    log = "training.log" if results == "results" else f"{results}/training.log"
-    add("--log_path", type=reading.a_path, default=log, help="log of the latest run")
+    log = "training.log" if results == "results" else None
+    about = "log of the latest run" + ("" if log else " (default: RESULTS_DIR/training.log)")
+    add("--log_path", type=reading.a_path, default=log, help=about)
     add("--track", choices=["tensorboard", "mlflow", "wandb"], help="also log each epoch there, if it is installed")
     return parser
 
@@ -866,10 +879,12 @@ def complete_arguments(args):
     reading.complete_data_flags(args)
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
-    if not features.learns(args) and "--backbone_learning_rate" in RECIPES[args.recipe]:
-        args.backbone_learning_rate = None  # the recipe's, beside --freeze_backbone
-    if args.backbone_learning_rate and not features.learns(args):
-        raise UserError("--backbone_learning_rate needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
+    args.log_path = args.log_path or args.results_dir / "training.log"
+    if not features.learns(args) and "--unfreeze_backbone" in RECIPES[args.recipe]:
+        args.backbone_learning_rate, args.drop_path = None, 0.0  # the recipe's, beside --freeze_backbone
+    for flag in ("backbone_learning_rate", "drop_path"):
+        if getattr(args, flag) and not features.learns(args):
+            raise UserError(f"--{flag} needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
     found = args.track and importlib.util.find_spec(args.track)
@@ -909,7 +924,7 @@ def prepare(script, argv, args, started, recipe=()):
         labels = reading.filter_missing_images(labels, args, known)
         store.remember_photos(known)
     torch.manual_seed(args.seed)
-    backbone = Backbone(args.model_name, args.image_size, "stages" in args.features)
+    backbone = Backbone(args.model_name, args.image_size, "stages" in args.features, args.drop_path)
     with accelerator.main_process_first():  # one download serves all
         features.load_weights(backbone, args.weights)
     if args.unfreeze_from:  # a layer that is not there is told before the log is opened

@@ -52,23 +52,26 @@ def package_version(name):
 # ---------------------------------------------------------------- networks and their weights
 
 
-def build_network(name, size=None):
+def build_network(name, size=None, drop_path=0):
     """A network of torchvision or timm without its classifier, its input size, mean, deviation and interpolation.
 
-    The weights are random, the interpolation one of Pillow's. Raises UserError where there is no such network.
+    The weights are random, the interpolation one of Pillow's. Raises UserError where there is no such network, and
+    TypeError for a `drop_path` (0: as the library has it) where the network knows none.
     """
     import torchvision  # here, as it takes as long as torch itself
 
     known = torchvision.models.list_models(torchvision.models)
-    return (torchvision_network if name in known else timm_network)(name, size)
+    return (torchvision_network if name in known else timm_network)(name, size, drop_path)
 
 
-def torchvision_network(name, size):
+def torchvision_network(name, size, drop_path):
     import torchvision
 
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     size = size or preset.crop_size[0]
-    net = torchvision.models.get_model(name, weights=None, **({"image_size": size} if name.startswith("vit_") else {}))
+    more = {"image_size": size} if name.startswith("vit_") else {}
+    more |= {"stochastic_depth_prob": drop_path} if drop_path else {}
+    net = torchvision.models.get_model(name, weights=None, **more)
     path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
     if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
         raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
@@ -76,7 +79,7 @@ def torchvision_network(name, size):
     return net, size, preset.mean, preset.std, Image.Resampling[preset.interpolation.name]
 
 
-def timm_network(name, size):
+def timm_network(name, size, drop_path):
     import timm
     import torchvision
 
@@ -85,8 +88,9 @@ def timm_network(name, size):
         raise UserError(f"--model_name {name}: neither torchvision nor timm has it; nearest: {', '.join(near)}")
     preset = timm.get_pretrained_cfg(name)
     config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
-    sized = {"img_size": size} if size and preset.fixed_input_size else {}
-    net = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+    more = {"img_size": size} if size and preset.fixed_input_size else {}
+    more |= {"drop_path_rate": drop_path} if drop_path else {}
+    net = timm.create_model(name, pretrained=False, num_classes=0, **more)
     interpolation = Image.Resampling[config["interpolation"].upper()]
     return net, size or config["input_size"][-1], config["mean"], config["std"], interpolation
 
@@ -143,6 +147,23 @@ def imagenet_weights(name):
         why = f"cannot download weights of {name}, or read them ({reading.one_line(error)[:150]})"
         way_on = f"or pass --weights none, or --model_name {PRETRAINED_BY_PIP}, which needs no download"
         raise UserError(f"{why}: {hint}, {way_on}") from error
+
+
+def keep_depthwise_in_fp32(net):
+    """Make autocast spare the depthwise convolutions: CPUs train them faster in fp32 than in bf16."""
+
+    def enter(conv, inputs):
+        conv.autocast = torch.is_autocast_enabled("cpu")
+        torch.set_autocast_enabled("cpu", False)
+        return tuple(images.float() for images in inputs)
+
+    def leave(conv, inputs, output):
+        torch.set_autocast_enabled("cpu", conv.autocast)
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
 
 
 def weights_digest(backbone):
@@ -300,7 +321,7 @@ class Store:
 def collect(dataset, engine, store, wanted, accelerator):
     """Compute what the store lacks of {(edit, version): rows}, see BiomassDataset; returns a reader of all of it.
 
-    read(rows, versions, edit) gives features (len(rows), len(versions), width). Several processes share the work.
+    read(rows, versions, edit) gives features, see `reader`. Several processes share the work.
     """
     keys, missing = version_keys(dataset, engine, wanted), {}
     for (edit, version), rows in wanted.items():
@@ -346,22 +367,31 @@ def join_photos(items):
 
 
 def reader(dataset, width, store, keys, wanted):
-    """Function from rows, versions and an edit to features, all held in memory if it is large enough for all."""
-    held = {}
-    if sum(map(len, wanted.values())) * width * 4 <= MOST_HELD:
-        for which, rows in wanted.items():
-            place = np.full(len(dataset), -1)
-            place[rows] = np.arange(len(rows))
-            held[which] = place, torch.from_numpy(store.read(keys[which], dataset.contents[rows]))
+    """Function from rows (n,), their versions (n, v) and an edit to features (n, v, width).
+
+    All are held in memory if it is large enough for all.
+    """
+    count = sum(map(len, wanted.values()))
+    held = torch.empty(count, width) if count * width * 4 <= MOST_HELD else None
+    most, filled = max((version for _, version in wanted), default=0), 0
+    places = {edit: np.full((len(dataset), most + 1), -1) for edit, _ in wanted}
+    for (edit, version), rows in wanted.items() if held is not None else ():
+        places[edit][rows, version] = filled + np.arange(len(rows))
+        held[filled : filled + len(rows)] = torch.from_numpy(store.read(keys[edit, version], dataset.contents[rows]))
+        filled += len(rows)
 
     def read(rows, versions, edit=None):
-        if not held:
-            found = [store.read(keys[edit, version], dataset.contents[rows]) for version in versions]
-            return torch.from_numpy(np.stack(found, 1))
-        places = [held[edit, version][0][rows] for version in versions]
-        if (np.array(places) < 0).any():
-            raise RuntimeError("features of rows that were not collected")
-        return torch.stack([held[edit, version][1][place] for version, place in zip(versions, places, strict=True)], 1)
+        if held is not None:
+            found = places[edit][rows[:, None], versions]
+            if (found < 0).any():
+                raise RuntimeError("features of rows that were not collected")
+            return held[found]
+        found = torch.empty(*versions.shape, width)
+        for version in np.unique(versions):
+            asked = versions == version
+            contents = dataset.contents[rows[np.nonzero(asked)[0]]]
+            found[asked] = torch.from_numpy(store.read(keys[edit, version], contents))
+        return found
 
     return read
 
@@ -450,7 +480,7 @@ class Batches:
             shuffled = np.random.default_rng([args.seed, number + 1]).permutation(rows)
             if learns(args) and len(rows) % args.batch_size == 1:
                 shuffled = shuffled[:-1]  # BatchNorm cannot learn from a batch of one; it is another row in each pass
-            yield from self.make(shuffled, (self.dataset.augmentation.trained(number),))
+            yield from self.make(shuffled, self.dataset.augmentation.trained(number, shuffled)[:, None])
 
     def passes(self, rows):
         steps = math.ceil(len(rows) / self.args.batch_size)
@@ -461,14 +491,17 @@ class Batches:
         return self.make(np.asarray(rows), self.dataset.augmentation.predicted, edit)
 
     def make(self, rows, versions, edit=None):
+        """Batches of rows in versions, (v,) of all of them or (n, v) of each."""
         size, dataset = self.args.batch_size, self.dataset
+        versions = np.broadcast_to(versions, (len(rows), np.shape(versions)[-1]))
         if learns(self.args):
-            items = [(row, versions, edit) for row in rows.tolist()]
+            items = [(row, tuple(own), edit) for row, own in zip(rows.tolist(), versions.tolist(), strict=True)]
             loader = DataLoader(Subset(dataset, items), size, num_workers=dataset.num_workers)
             return self.accelerator.prepare_data_loader(loader)
-        read = self.held.get((edit, versions[0])) or self.reader({(edit, version): rows for version in versions})
-        parts = (rows[start : start + size] for start in range(0, len(rows), size))
-        return ((read(part, versions, edit), *dataset.beside(part, edit)) for part in parts)
+        wanted = {(edit, version): rows[(versions == version).any(1)] for version in np.unique(versions).tolist()}
+        read = self.held.get(next(iter(wanted))) or self.reader(wanted)
+        parts = (slice(start, start + size) for start in range(0, len(rows), size))
+        return ((read(rows[part], versions[part], edit), *dataset.beside(rows[part], edit)) for part in parts)
 
     def see(self, inputs, engine):
         """Features (n, versions, width) of inputs, by the engine where they are photos."""

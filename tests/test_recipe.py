@@ -44,7 +44,10 @@ def test_the_versions_are_the_eight_symmetries_and_the_first_is_the_photo(drawn,
     assert {version.permute(1, 2, 0).numpy().tobytes() for version in found} == wanted and len(wanted) == 8
     in_graph = this.dataset.augmentation.of_tensor(found[:1])[0]  # what --export makes of one photo
     assert {version.permute(1, 2, 0).numpy().tobytes() for version in in_graph} == wanted
-    assert [this.dataset.augmentation.trained(number) for number in range(9)] == [*range(8), 0]
+    trained = [this.dataset.augmentation.trained(number, np.arange(9)).tolist() for number in range(9)]
+    assert trained == [[number % 8] * 9 for number in range(9)]
+    mixed = np.array([tm.Symmetries(0, 0).trained(number, np.arange(8)) for number in range(8)])  # where layers learn
+    assert (np.sort(mixed, 0) == np.arange(8)[:, None]).all() and (np.sort(mixed, 1) == np.arange(8)).all()
 
 
 def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(drawn, with_traits, tmp_path):

@@ -322,6 +322,43 @@ def test_stages_are_the_averages_that_plain_hooks_give():
         torch.testing.assert_close(backbone(photos[:1].repeat(3, 1, 1, 1))[0], found[0], rtol=1e-3, atol=1e-4)
 
 
+def test_drop_path_leaves_blocks_out_in_training_alone_and_scales_the_rest():
+    photos = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(0))
+    whole = tm.Backbone("tf_efficientnet_lite0", 32).eval()
+    dropping = tm.Backbone("tf_efficientnet_lite0", 32, drop_path=0.4).eval()
+    dropping.load_state_dict(whole.state_dict())
+    assert torch.equal(dropping(photos), whole(photos))
+    block = dropping.net.blocks[5][3]  # near the end
+    block.drop_path.train()
+    maps = torch.randn(64, 192, 4, 4)
+    added, wanted = (part.blocks[5][3](maps) - maps for part in (dropping.net, whole.net))
+    left_out = (added == 0).all((1, 2, 3))
+    assert 8 < left_out.sum() < 40
+    torch.testing.assert_close((wanted / added)[~left_out].mean().item(), 1 - block.drop_path.drop_prob)
+
+
+def test_autocast_spares_depthwise_convolutions_alone_and_gradients_stay_the_same():
+    torch.manual_seed(0)
+    net = tm.Backbone("tf_efficientnet_lite0", 32).eval().net
+    features.keep_depthwise_in_fp32(net)
+    net, kinds = copy.deepcopy(net), set()  # as each fold has its own
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda conv, _, output: kinds.add((conv.groups > 1, output.dtype)))
+    photos, gradients = torch.randn(4, 3, 32, 32), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
+            net(photos).float().square().mean().backward()
+            assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
+        gradients[dtype] = net.blocks[0][0].conv_dw.weight.grad.clone()
+        assert kinds == {(True, torch.float32), (False, dtype)}
+        kinds.clear()
+    one, other = gradients.values()
+    assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.9
+
+
 def test_a_last_batch_of_one_photo_is_no_hurdle_and_one_value_is_told(drawn, copied, tmp_path, capsys):
     rows = train(drawn, tmp_path / "count", "--epochs", 1)["train_rows"]
     size = next(size for size in range(2, rows) if rows % size == 1)
@@ -406,15 +443,17 @@ def test_a_short_batch_and_an_extraction_in_two_parts_give_the_same_features(eng
     collect({(None, 0): rows[5:12], (None, 1): rows[9:10]})
     parts = collect(wanted)
     for version in (0, 1):
-        assert torch.equal(whole(rows, (version,)), parts(rows, (version,)))
+        of_all = np.full((37, 1), version)
+        assert torch.equal(whole(rows, of_all), parts(rows, of_all))
         photos = torch.cat([this.dataset[row, (version,), None][0] for row in range(37)])
         with torch.inference_mode():
             plain = this.backbone.net((photos / 255 - MEAN) / STD)
-        torch.testing.assert_close(whole(rows, (version,))[:, 0], plain, rtol=1e-3, atol=1e-4)
-    both = whole(rows, (0, 1))
-    assert torch.equal(both[:, :1], whole(rows, (0,))) and not torch.equal(both[:, 0], both[:, 1])
+        torch.testing.assert_close(whole(rows, of_all)[:, 0], plain, rtol=1e-3, atol=1e-4)
+    each = np.column_stack([rows % 2, 1 - rows % 2])  # a row's own versions
+    both, first = whole(rows, each), whole(rows, np.zeros((37, 1), int))[:, 0]
+    assert torch.equal(both[rows, rows % 2], first) and not torch.equal(both[:, 0], both[:, 1])
     monkeypatch.setattr(features, "MOST_HELD", 0)  # read from the file, batch by batch
-    assert torch.equal(collect(wanted)(rows[::-1].copy(), (0, 1)), both.flip(0))
+    assert torch.equal(collect(wanted)(rows[::-1].copy(), each[::-1]), both.flip(0))
 
 
 def test_what_matters_is_computed_anew_and_nothing_else(drawn, copied, tmp_path, capsys, monkeypatch):
@@ -528,7 +567,7 @@ def test_the_studys_augmentation_flips_half_turns_a_little_and_jitters():
     turned = np.where(flipped, 180 - np.abs(angles), np.abs(angles))
     assert 0.35 < flipped.mean() < 0.65 and 8 < turned.max() < 10.5
     assert 0.05 < np.std(brightness) / np.mean(brightness) < 0.2
-    assert [study.trained(number) for number in range(6)] == [1, 2, 3, 4, 1, 2]
+    assert [study.trained(number, np.arange(2)).tolist() for number in range(6)] == [[n, n] for n in (1, 2, 3, 4, 1, 2)]
 
 
 # ---------------------------------------------------------------- head, loss and target
