@@ -521,10 +521,11 @@ def evaluate(model, loader, batches):
     """Predictions float64 (n,) and targets float32 (n,) of the rows of a loader, in the target's unit."""
     model.eval()
     engine, device, predictions, measured = batches.engine_of(model), batches.accelerator.device, [], []
-    for inputs, *beside, targets in loader:
-        predicted = model.predict(batches.see(inputs, engine), *(part.to(device) for part in beside))
-        predictions.append(batches.gather(predicted))
-        measured.append(batches.gather(targets.to(device)))
+    with features.threads(reading.cores()):
+        for inputs, *beside, targets in loader:
+            predicted = model.predict(batches.see(inputs, engine), *(part.to(device) for part in beside))
+            predictions.append(batches.gather(predicted))
+            measured.append(batches.gather(targets.to(device)))
     return torch.cat(predictions).double(), torch.cat(measured)
 
 

@@ -49,6 +49,17 @@ def package_version(name):
     return "none"
 
 
+@contextlib.contextmanager
+def threads(count):
+    """Let torch compute by so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------- networks and their weights
 
 
@@ -211,13 +222,10 @@ class Engine:
             yield torch.cat([waiting, waiting[-1:].expand(size - len(waiting), -1, -1, -1)])
 
     def run_torch(self, batches):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(reading.cores())
         bf16 = self.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            features = [self.backbone.eval()(images.to(self.device)).cpu().numpy() for images in batches]
-        torch.set_num_threads(threads)
-        return features
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        with torch.inference_mode(), threads(reading.cores()), autocast:
+            return [self.backbone.eval()(images.to(self.device)).cpu().numpy() for images in batches]
 
     def run_openvino(self, batches):
         """One stream a core, fed by OpenVINO's own queue while the next photos are decoded."""
@@ -549,11 +557,9 @@ def version_keys(dataset, engine, wanted):
     """For each (edit, version) the store's key: a digest of the code that makes features, and of those of a probe."""
     colours = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     photo, content = Image.fromarray(colours).resize((720, 600), Image.Resampling.BICUBIC), reading.digest("probe")
-    backbone, threads = engine.backbone, torch.get_num_threads()
-    torch.set_num_threads(1)  # as several may add up in another order
-    with torch.inference_mode():
+    backbone = engine.backbone
+    with torch.inference_mode(), threads(1):  # as several may add up in another order
         features = backbone.eval()(dataset.pixels(photo).to(backbone.mean.device))
-    torch.set_num_threads(threads)
     told = [engine.name, weights_digest(backbone), features.cpu().numpy().tobytes(), str(dataset.size)]
     told += [package_version("pillow"), code_of(type(dataset), type(backbone), Engine, reading.open_photo)]
     keys, augmentation = {}, dataset.augmentation
