@@ -161,12 +161,13 @@ def imagenet_weights(name):
 
 
 def keep_depthwise_in_fp32(net):
-    """Make autocast spare the depthwise convolutions: CPUs train them faster in fp32 than in bf16."""
+    """Make autocast spare the depthwise convolutions that learn: CPUs train them faster in fp32 than in bf16."""
 
     def enter(conv, inputs):
         conv.autocast = torch.is_autocast_enabled("cpu")
-        torch.set_autocast_enabled("cpu", False)
-        return tuple(images.float() for images in inputs)
+        if conv.training:
+            torch.set_autocast_enabled("cpu", False)
+            return tuple(images.float() for images in inputs)
 
     def leave(conv, inputs, output):
         torch.set_autocast_enabled("cpu", conv.autocast)
@@ -379,6 +380,7 @@ def reader(dataset, width, store, keys, wanted):
 
     All are held in memory if it is large enough for all.
     """
+    wanted = {which: rows for which, rows in wanted.items() if len(rows)}
     count = sum(map(len, wanted.values()))
     held = torch.empty(count, width) if count * width * 4 <= MOST_HELD else None
     most, filled = max((version for _, version in wanted), default=0), 0

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import timm
 import torch
 import torchvision
 from recipes import RECOMMENDED, ROOT, STUDY, tm
@@ -30,11 +31,13 @@ from torchvision import transforms
 from biomass import features, reading
 
 RANDOM = ["--weights", "none"]
+ALL_LAYERS = ["--epochs", "1", "--unfreeze_backbone"]
 RUNS = {  # name: flags, epochs, batch size, whether the backbone is frozen, whether the cache is empty
     "2 epochs, batch 16, cold": (["--epochs", "2", "--batch_size", "16", "--learning_rate", "5e-4"], 2, 16, True, True),
     "20 epochs, cold": ([], 20, 32, True, True),
     "20 epochs, warm": ([], 20, 32, True, False),
-    "1 epoch, all layers": (["--epochs", "1", "--unfreeze_backbone"], 1, 32, False, True),
+    "1 epoch, all layers": (ALL_LAYERS, 1, 32, False, True),
+    "1 epoch, all layers of lite0": ([*ALL_LAYERS, *STUDY], 1, 32, False, True),
 }
 
 
@@ -50,14 +53,24 @@ class PlainDataset(Dataset):
         return self.transform(reading.open_photo(self.paths[row])), torch.tensor(self.targets[row], dtype=torch.float32)
 
 
-def plain_loop(labels, batch_size, frozen, batches):
+def plain_network(name):
+    """The network, as its library makes it, with the study's head."""
+    if name == "resnet18":
+        model = torchvision.models.resnet18(weights=None)
+        model.fc = nn.Identity()
+    else:
+        model = timm.create_model(name, num_classes=0)
+    width = model(torch.zeros(2, 3, 224, 224)).shape[1]
+    return model, nn.Sequential(nn.Dropout(0.3), nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, 1))
+
+
+def plain_loop(labels, name, batch_size, frozen, batches):
     """Seconds a row of the plain loop's training and validation."""
     resize = transforms.Resize((224, 224))
     augment = [transforms.RandomHorizontalFlip(), transforms.RandomRotation(10), transforms.ColorJitter(0.2, 0.2, 0.1)]
     finish = [transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-    model = torchvision.models.resnet18(weights=None)
-    model.requires_grad_(not frozen)
-    model.fc = nn.Sequential(nn.Dropout(0.3), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 1))
+    backbone, head = plain_network(name)
+    model = nn.Sequential(backbone.requires_grad_(not frozen), head)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     seconds = {}
     for phase, steps in (("train", [resize, *augment, *finish]), ("val", [resize, *finish])):
@@ -102,7 +115,8 @@ def compare_runs(args, labels, folder):
             place = folder / (f"{name} {repeat}" if cold else f"20 epochs, cold {repeat}")
             seconds, peak = run_script("train_model.py", *train_flags(args.data_dir, place, *RANDOM, *flags))
             rows = json.loads((place / "results" / "metrics.txt").read_text())
-            plain = plain_loop(labels, batch_size, frozen, args.plain_batches)
+            network = tm.build_parser().parse_args(flags).model_name
+            plain = plain_loop(labels, network, batch_size, frozen, args.plain_batches)
             plain = epochs * (rows["train_rows"] * plain["train"] + rows["val_rows"] * plain["val"])
             line = {"run": name, "seconds": seconds, "plain_seconds": plain, "times": plain / seconds, "peak_mib": peak}
             lines.append(line)
