@@ -74,8 +74,8 @@ class Augmentation:
 
     predicted = (0,)  # the versions whose mean is the prediction
 
-    def __init__(self, seed, views):
-        self.seed, self.views = seed, views  # --augment_views, 0 where layers of the backbone learn
+    def __init__(self, seed, views, mixed=False):
+        self.seed, self.views, self.mixed = seed, views, mixed  # mixed: a pass need not be of one version
 
     def trained(self, number, rows):
         """The version of each row (n,) on which a pass over them trains; passes count from 0 over all epochs."""
@@ -129,17 +129,19 @@ class StudyAugmentation(Augmentation):
 class Symmetries(Augmentation):
     """The photo, its three quarter turns, and the mirror images of the four: to a camera above, eight of one plant.
 
-    They are exact, without resampling or corners. Passes train on one after the other, or mixed where each pass moves
-    the backbone: it would follow the version. A prediction is the mean of all.
+    They are exact, without resampling or corners. Passes train on one after the other, or on all by chance where
+    layers of the backbone learn, which would follow the version. A prediction is the mean of all.
     """
 
     predicted = tuple(range(8))
 
     def trained(self, number, rows):
-        return (number + rows * (self.views == 0)) % 8
+        if self.mixed:
+            return np.random.default_rng([self.seed, number]).integers(8, size=len(rows))
+        return np.full_like(rows, number % 8)
 
     def kept(self, passes):
-        return set(self.predicted)
+        return set(range(8 if self.mixed else min(passes, 8)))
 
     def make(self, photo, version, content):
         return photo.transpose(Image.Transpose(version - 1))  # which numbers the seven others from 0
@@ -156,7 +158,7 @@ RECIPES = {  # flags; one that is given beside --recipe wins
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
     "all_layers": """--model_name tf_efficientnet_lite0 --image_size 160 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
-        --unfreeze_backbone --drop_path 0.3 --head_epochs 40 --epochs 16 --backbone_learning_rate 5e-4
+        --unfreeze_backbone --drop_path 0.2 --head_epochs 40 --epochs 16 --backbone_learning_rate 5e-4
         --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
@@ -286,11 +288,10 @@ class Backbone(nn.Module):
 
     `stages` joins to the last features the averages of the maps before them, the last one of each shape that the
     network's children and grandchildren give: they see area and texture, which the last features have thrown away.
-    `drop_path` is the share of its last block's steps that a training leaves out. Raises UserError where there is no
-    such network, or none for this size or drop path.
+    For `drop_path` see the flag. Raises UserError where there is no such network, or none for this size or drop path.
     """
 
-    def __init__(self, name, size=None, stages=False, drop_path=0):
+    def __init__(self, name, size=None, stages=False, drop_path=None):
         super().__init__()
         self.name, self.stages, self.averages = name, [], []
         try:
@@ -298,9 +299,8 @@ class Backbone(nn.Module):
             self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
             self.width = self.find_stages(stages)
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             flag = f"--image_size {size} does not suit {name}" if size else f"--model_name {name}"
-            flag = f"{name} cannot do --drop_path, pass 0" if drop_path and isinstance(error, TypeError) else flag
             raise UserError(f"{flag}: {reading.one_line(error)}") from error
 
     @torch.inference_mode()
@@ -455,7 +455,7 @@ def new_model(batches, backbone, train_rows):
     dataset.metadata = torch.from_numpy(reading.encode_metadata(dataset.labels, plan))
     if features.learns(args):
         backbone = copy.deepcopy(backbone)
-        if batches.accelerator.device.type == "cpu":
+        if batches.accelerator.device.type == "cpu" and args.precision == "bf16":
             features.keep_depthwise_in_fp32(backbone.net)
     learn_from = args.unfreeze_from or (None if args.freeze_backbone else "")
     widths = dataset.traits[None].shape[1], dataset.metadata.shape[1]
@@ -521,7 +521,7 @@ def evaluate(model, loader, batches):
     """Predictions float64 (n,) and targets float32 (n,) of the rows of a loader, in the target's unit."""
     model.eval()
     engine, device, predictions, measured = batches.engine_of(model), batches.accelerator.device, [], []
-    with features.threads(reading.cores()):
+    with features.threads(reading.cores()):  # of eight versions a row there is work for all of them
         for inputs, *beside, targets in loader:
             predicted = model.predict(batches.see(inputs, engine), *(part.to(device) for part in beside))
             predictions.append(batches.gather(predicted))
@@ -801,8 +801,8 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
 RATE = "of the backbone, and after --head_epochs of the head too (default: --learning_rate)"
-DROP_PATH = """where layers of the backbone learn: share of steps that leave its last block out, less of those before it
-    (stochastic depth, Huang et al. 2016); 0: as the library has it"""
+DROP_PATH = """where layers of the backbone learn: share of a step's photos that skip a block at its end, fewer skip
+    earlier ones (stochastic depth, Huang et al. 2016; default: as the library has it)"""
 HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
 STEPS = "steps that an epoch takes at least: where photos are few it passes over them several times"
 PATIENCE = """stop after so many epochs without a lower squared error on validation, which also chooses the best epoch,
@@ -842,7 +842,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)
     add("--dropout", type=number(float, 0, 1), default=0.3, help="share of the features that a step leaves out")
-    add("--drop_path", type=number(float, 0, 1), default=0.0, help=DROP_PATH)
+    add("--drop_path", type=number(float, 0, 1), help=DROP_PATH)
     add("--loss", choices=list(LOSSES), default="mse", help="of the transformed target")
     transformed = ["none", "log", "sqrt", "standardize"]
     add("--target_transform", choices=transformed, default="none", help="undone before every number that is shown")
@@ -860,8 +860,8 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--curves_path", type=reading.a_path, help="picture (default: RESULTS_DIR/training_curves.png)")
     add("--model_out", type=reading.a_path, default=model, help="checkpoint")
     log = "training.log" if results == "results" else None
-    about = "log of the latest run" + ("" if log else " (default: RESULTS_DIR/training.log)")
-    add("--log_path", type=reading.a_path, default=log, help=about)
+    text = "log of the latest run" + ("" if log else " (default: RESULTS_DIR/training.log)")
+    add("--log_path", type=reading.a_path, default=log, help=text)
     add("--track", choices=["tensorboard", "mlflow", "wandb"], help="also log each epoch there, if it is installed")
     return parser
 
@@ -881,11 +881,11 @@ def complete_arguments(args):
     args.metrics_path = args.metrics_path or args.results_dir / "metrics.txt"
     args.curves_path = args.curves_path or args.results_dir / "training_curves.png"
     args.log_path = args.log_path or args.results_dir / "training.log"
-    if not features.learns(args) and "--unfreeze_backbone" in RECIPES[args.recipe]:
-        args.backbone_learning_rate, args.drop_path = None, 0.0  # the recipe's, beside --freeze_backbone
-    for flag in ("backbone_learning_rate", "drop_path"):
-        if getattr(args, flag) and not features.learns(args):
+    recipe = build_parser().parse_args(RECIPES[args.recipe].split())
+    for flag in () if features.learns(args) else ("backbone_learning_rate", "drop_path"):
+        if getattr(args, flag) and getattr(args, flag) != getattr(recipe, flag):
             raise UserError(f"--{flag} needs --unfreeze_backbone or --unfreeze_from: the backbone is frozen")
+        setattr(args, flag, None)  # if it was the recipe's, it stands beside --freeze_backbone
     if args.curves_path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise UserError(f"--curves_path {args.curves_path} must end in .png, .pdf or .svg")
     found = args.track and importlib.util.find_spec(args.track)
@@ -931,7 +931,8 @@ def prepare(script, argv, args, started, recipe=()):
     if args.unfreeze_from:  # a layer that is not there is told before the log is opened
         BiomassModel(copy.deepcopy(backbone), args.unfreeze_from)
     backbone = backbone.to(accelerator.device, memory_format=torch.channels_last)
-    augmentation = AUGMENTATIONS[args.augmentation](args.seed, 0 if features.learns(args) else args.augment_views)
+    learns = features.learns(args)
+    augmentation = AUGMENTATIONS[args.augmentation](args.seed, 0 if learns else args.augment_views, mixed=learns)
     dataset = BiomassDataset(labels, args, backbone, augmentation)
     engine = features.Engine(backbone, accelerator.device, args.precision)
     batches = features.Batches(dataset, engine, store, args, accelerator)

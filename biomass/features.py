@@ -63,11 +63,11 @@ def threads(count):
 # ---------------------------------------------------------------- networks and their weights
 
 
-def build_network(name, size=None, drop_path=0):
+def build_network(name, size=None, drop_path=None):
     """A network of torchvision or timm without its classifier, its input size, mean, deviation and interpolation.
 
-    The weights are random, the interpolation one of Pillow's. Raises UserError where there is no such network, and
-    TypeError for a `drop_path` (0: as the library has it) where the network knows none.
+    The weights are random, the interpolation one of Pillow's, stochastic depth the library's without a `drop_path`.
+    Raises UserError where there is no such network, or it knows no stochastic depth.
     """
     import torchvision  # here, as it takes as long as torch itself
 
@@ -81,8 +81,8 @@ def torchvision_network(name, size, drop_path):
     preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     size = size or preset.crop_size[0]
     more = {"image_size": size} if name.startswith("vit_") else {}
-    more |= {"stochastic_depth_prob": drop_path} if drop_path else {}
-    net = torchvision.models.get_model(name, weights=None, **more)
+    make = functools.partial(torchvision.models.get_model, name, weights=None, **more)
+    net = with_drop_path(make, name, "stochastic_depth_prob", drop_path)
     path = [path for path, module in net.named_modules() if isinstance(module, nn.Linear)][-1:]
     if not path or name in ("googlenet", "inception_v3"):  # no linear layer at the end, or several
         raise UserError(f"--model_name {name}: its classifier cannot be taken off; choose another one")
@@ -100,10 +100,23 @@ def timm_network(name, size, drop_path):
     preset = timm.get_pretrained_cfg(name)
     config = timm.data.resolve_data_config(pretrained_cfg=preset.to_dict())
     more = {"img_size": size} if size and preset.fixed_input_size else {}
-    more |= {"drop_path_rate": drop_path} if drop_path else {}
-    net = timm.create_model(name, pretrained=False, num_classes=0, **more)
+    make = functools.partial(timm.create_model, name, pretrained=False, num_classes=0, **more)
+    net = with_drop_path(make, name, "drop_path_rate", drop_path)
     interpolation = Image.Resampling[config["interpolation"].upper()]
     return net, size or config["input_size"][-1], config["mean"], config["std"], interpolation
+
+
+def with_drop_path(make, name, flag, drop_path):
+    """The network of make(), by its `flag` with so much stochastic depth."""
+    if not drop_path:
+        with contextlib.suppress(TypeError):  # of a network that has no such flag, so none to switch off
+            return make(**({} if drop_path is None else {flag: 0}))
+        return make()
+    with contextlib.suppress(TypeError):
+        net = make(**{flag: drop_path})
+        if {type(module).__name__ for module in net.modules()} & {"DropPath", "StochasticDepth"}:
+            return net
+    raise UserError(f"--drop_path {drop_path}: {name} knows no stochastic depth; pass --drop_path 0")
 
 
 def load_weights(backbone, weights):
@@ -164,13 +177,13 @@ def keep_depthwise_in_fp32(net):
     """Make autocast spare the depthwise convolutions that learn: CPUs train them faster in fp32 than in bf16."""
 
     def enter(conv, inputs):
-        conv.autocast = torch.is_autocast_enabled("cpu")
-        if conv.training:
+        conv.autocast_before = torch.is_autocast_enabled("cpu")
+        if conv.training:  # which BiomassModel keeps from what is frozen
             torch.set_autocast_enabled("cpu", False)
             return tuple(images.float() for images in inputs)
 
     def leave(conv, inputs, output):
-        torch.set_autocast_enabled("cpu", conv.autocast)
+        torch.set_autocast_enabled("cpu", conv.autocast_before)
 
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -381,18 +394,19 @@ def reader(dataset, width, store, keys, wanted):
     All are held in memory if it is large enough for all.
     """
     wanted = {which: rows for which, rows in wanted.items() if len(rows)}
-    count = sum(map(len, wanted.values()))
-    held = torch.empty(count, width) if count * width * 4 <= MOST_HELD else None
-    most, filled = max((version for _, version in wanted), default=0), 0
-    places = {edit: np.full((len(dataset), most + 1), -1) for edit, _ in wanted}
-    for (edit, version), rows in wanted.items() if held is not None else ():
-        places[edit][rows, version] = filled + np.arange(len(rows))
-        held[filled : filled + len(rows)] = torch.from_numpy(store.read(keys[edit, version], dataset.contents[rows]))
-        filled += len(rows)
+    count, numbers = sum(map(len, wanted.values())), sorted({version for _, version in wanted})
+    places, held, filled = {edit: np.full((len(dataset), len(numbers)), -1) for edit, _ in wanted}, None, 0
+    if count * width * 4 <= MOST_HELD:
+        held = torch.empty(count, width)
+        for (edit, version), rows in wanted.items():
+            places[edit][rows, numbers.index(version)] = filled + np.arange(len(rows))
+            stored = store.read(keys[edit, version], dataset.contents[rows])
+            held[filled : filled + len(rows)] = torch.from_numpy(stored)
+            filled += len(rows)
 
     def read(rows, versions, edit=None):
         if held is not None:
-            found = places[edit][rows[:, None], versions]
+            found = places[edit][rows[:, None], np.searchsorted(numbers, versions)]
             if (found < 0).any():
                 raise RuntimeError("features of rows that were not collected")
             return held[found]
@@ -435,7 +449,7 @@ class Batches:
 
     def __init__(self, dataset, engine, store, args, accelerator):
         self.dataset, self.engine, self.store, self.args, self.accelerator = dataset, engine, store, args, accelerator
-        self.held = {}
+        self.held, self.read = set(), None  # (edit, version) that are ready to be read
 
     def collect(self, train_rows, judged_rows, edits=None):
         """Have ready what training and prediction will ask for: traits, and features of a frozen backbone.
@@ -454,7 +468,7 @@ class Batches:
             trained = wanted.get((None, version), judged_rows)
             wanted[None, version] = np.union1d(judged_rows, trained)
             wanted |= {(edit, version): rows for edit, rows in edits.items()}
-        self.held = dict.fromkeys(wanted, self.reader(wanted))
+        self.held, self.read = set(wanted), self.reader(wanted)
 
     def add_traits(self):
         """Give the dataset its photos' traits, if nearly all of them show a plant."""
@@ -509,7 +523,7 @@ class Batches:
             loader = DataLoader(Subset(dataset, items), size, num_workers=dataset.num_workers)
             return self.accelerator.prepare_data_loader(loader)
         wanted = {(edit, version): rows[(versions == version).any(1)] for version in np.unique(versions).tolist()}
-        read = self.held.get(next(iter(wanted))) or self.reader(wanted)
+        read = self.read if wanted.keys() <= self.held else self.reader(wanted)
         parts = (slice(start, start + size) for start in range(0, len(rows), size))
         return ((read(rows[part], versions[part], edit), *dataset.beside(rows[part], edit)) for part in parts)
 

@@ -79,8 +79,12 @@ def quick(pictures=False):
 
 def train(data, out, *flags, script=train_model, pictures=False):
     """Run train_model.py or cross_validate.py on a tiny model; returns metrics.txt."""
+    flags = flags_of(data, out, *flags)
+    if script is cross_validate:  # whose log lies beside its other outputs
+        del flags[(place := flags.index("--log_path")) : place + 2]
     with quick(pictures):
-        assert script.main(flags_of(data, out, *flags)) == 0
+        assert script.main(flags) == 0
+    assert f"commit: {train_model.git('rev-parse', 'HEAD')}" in (out / "training.log").read_text(encoding="utf-8")
     return json.loads((out / "metrics.txt").read_text(encoding="utf-8"))
 
 

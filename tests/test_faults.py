@@ -458,7 +458,7 @@ FAULTS = [
             ("--freeze_backbone --unfreeze_backbone", "not allowed with"), ("--features all", "--features"),
             ("--unfreeze_from layer9", "--unfreeze_from layer9"), ("--unfreeze_from maxpool", "nothing to train there"),
             ("--backbone_learning_rate 1e-4", "the backbone is frozen"), ("--drop_path 0.1", "the backbone is frozen"),
-            ("--drop_path 0.1 --unfreeze_backbone", "cannot do --drop_path, pass 0"),
+            ("--drop_path 0.1 --unfreeze_backbone", "--drop_path 0.1: .* no stochastic depth; pass --drop_path 0"),
             ("--weights no.pth", "no weight file at no"),
             ("--model_name resnet19 --weights none", "resnet19: neither .*; nearest: .*resnet18"),
             ("--model_name vit_b_16 --weights none --image_size 100", "--image_size 100 does not suit vit_b_16"),

@@ -46,8 +46,9 @@ def test_the_versions_are_the_eight_symmetries_and_the_first_is_the_photo(drawn,
     assert {version.permute(1, 2, 0).numpy().tobytes() for version in in_graph} == wanted
     trained = [this.dataset.augmentation.trained(number, np.arange(9)).tolist() for number in range(9)]
     assert trained == [[number % 8] * 9 for number in range(9)]
-    mixed = np.array([tm.Symmetries(0, 0).trained(number, np.arange(8)) for number in range(8)])  # where layers learn
-    assert (np.sort(mixed, 0) == np.arange(8)[:, None]).all() and (np.sort(mixed, 1) == np.arange(8)).all()
+    mixed = [tm.Symmetries(0, 0, mixed=True).trained(number, np.arange(800)) for number in (0, 1)]  # where layers learn
+    assert all((np.bincount(versions, minlength=8) > 60).all() for versions in mixed)
+    assert 60 < (mixed[0] == mixed[1]).sum() < 140
 
 
 def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(drawn, with_traits, tmp_path):

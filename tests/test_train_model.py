@@ -334,7 +334,11 @@ def test_drop_path_leaves_blocks_out_in_training_alone_and_scales_the_rest():
     added, wanted = (part.blocks[5][3](maps) - maps for part in (dropping.net, whole.net))
     left_out = (added == 0).all((1, 2, 3))
     assert 8 < left_out.sum() < 40
-    torch.testing.assert_close((wanted / added)[~left_out].mean().item(), 1 - block.drop_path.drop_prob)
+    assert (wanted / added)[~left_out].mean().item() == pytest.approx(1 - block.drop_path.drop_prob, rel=1e-4)
+    for name in ("resnet18", "mobilenet_v3_small"):
+        with pytest.raises(reading.UserError, match=f"{name} knows no stochastic depth; pass --drop_path 0"):
+            tm.Backbone(name, 32, drop_path=0.4)
+        tm.Backbone(name, 32, drop_path=0)
 
 
 def test_autocast_spares_depthwise_convolutions_alone_and_gradients_stay_the_same():
