@@ -19,6 +19,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -242,14 +243,26 @@ class Engine:
             return [self.backbone.eval()(images.to(self.device)).cpu().numpy() for images in batches]
 
     def run_openvino(self, batches):
-        """One stream a core, fed by OpenVINO's own queue while the next photos are decoded."""
-        openvino, compiled = self.compile()
-        features, queue = {}, openvino.AsyncInferQueue(compiled, 2 * reading.cores())
-        queue.set_callback(lambda request, number: features.update({number: request.get_output_tensor(0).data.copy()}))
-        for number, images in enumerate(batches):
-            queue.start_async([images.numpy()], number)
-        queue.wait_all()
-        return [features[number] for number in range(len(features))]
+        """One stream a core, fed while the next photos are decoded.
+
+        Without OpenVINO's queue: its callbacks wait for Python while Python, freeing the model, waits for them.
+        """
+        compiled = self.compile()
+        idle, running, features = [compiled.create_infer_request() for _ in range(2 * reading.cores())], deque(), []
+
+        def finish():
+            request = running.popleft()
+            request.wait()
+            features.append(request.get_output_tensor(0).data.copy())
+            return request
+
+        for images in batches:
+            request = idle.pop() if idle else finish()
+            request.start_async([images.numpy()])
+            running.append(request)
+        while running:
+            finish()
+        return features
 
     def compile(self):
         if self.compiled:
@@ -272,7 +285,7 @@ class Engine:
             "INFERENCE_NUM_THREADS": reading.cores(),
         }
         hints["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[self.precision]  # else it chooses itself
-        self.compiled = openvino, openvino.compile_model(model, "CPU", hints)
+        self.compiled = openvino.compile_model(model, "CPU", hints)
         return self.compiled
 
 
