@@ -156,9 +156,9 @@ RECIPES = {  # flags; one that is given beside --recipe wins
     "recommended": """--model_name tf_efficientnet_lite0 --image_size 288 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
         --epochs 40 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
-    "all_layers": """--model_name tf_efficientnet_lite0 --image_size 160 --features last stages traits
+    "all_layers": """--model_name tf_efficientnet_lite0 --image_size 128 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
-        --unfreeze_backbone --drop_path 0.2 --head_epochs 40 --epochs 16 --backbone_learning_rate 5e-4
+        --unfreeze_backbone --drop_path 0.2 --head_epochs 40 --epochs 12 --backbone_learning_rate 5e-4
         --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
