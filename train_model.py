@@ -83,7 +83,7 @@ class Augmentation:
 
     def kept(self, passes):
         """The versions on which so many passes train, as far as they come again."""
-        return {0}
+        return {int(self.trained(number, np.zeros(1, int))[0]) for number in range(passes)}
 
     def make(self, photo, version, content):
         """A version other than 0 of a Pillow photo of the backbone's size; `content` is the digest of its file."""
@@ -107,7 +107,7 @@ class StudyAugmentation(Augmentation):
         return np.full_like(rows, 1 + (number % self.views if self.views else number))
 
     def kept(self, passes):
-        return set(range(1, 1 + min(passes, self.views)))
+        return super().kept(passes) if self.views else set()
 
     def make(self, photo, version, content):
         # not torchvision's, which draw from the global generator and so hang on the order of threads
@@ -141,7 +141,7 @@ class Symmetries(Augmentation):
         return np.full_like(rows, number % 8)
 
     def kept(self, passes):
-        return set(range(8 if self.mixed else min(passes, 8)))
+        return set(self.predicted) if self.mixed else super().kept(passes)
 
     def make(self, photo, version, content):
         return photo.transpose(Image.Transpose(version - 1))  # which numbers the seven others from 0

@@ -109,15 +109,15 @@ def timm_network(name, size, drop_path):
 
 def with_drop_path(make, name, flag, drop_path):
     """The network of make(), by its `flag` with so much stochastic depth."""
-    if not drop_path:
-        with contextlib.suppress(TypeError):  # of a network that has no such flag, so none to switch off
-            return make(**({} if drop_path is None else {flag: 0}))
+    if drop_path is None:
         return make()
-    with contextlib.suppress(TypeError):
+    try:
         net = make(**{flag: drop_path})
-        if {type(module).__name__ for module in net.modules()} & {"DropPath", "StochasticDepth"}:
-            return net
-    raise UserError(f"--drop_path {drop_path}: {name} knows no stochastic depth; pass --drop_path 0")
+    except TypeError:  # of a builder that has no such flag, so nothing to switch off either
+        net = make() if drop_path == 0 else nn.Identity()
+    if drop_path and not {type(module).__name__ for module in net.modules()} & {"DropPath", "StochasticDepth"}:
+        raise UserError(f"--drop_path {drop_path}: {name} knows no stochastic depth; pass --drop_path 0")
+    return net
 
 
 def load_weights(backbone, weights):
