@@ -70,13 +70,12 @@ def judge_fold(run, args, split, name):
         result[what] = tm.evaluate(model, batches.judge(erased, edit), batches)[0]
     familiar = describe_features(batches.features(model, learn))
     result["unlikeness"] = torch.from_numpy(writing.unlikeness(familiar, batches.features(model, held_out)))
-    if not args.no_erasing and name.startswith("fold 1/") and run.accelerator.is_main_process:
+    if not args.no_erasing and name.startswith("fold 1/"):
         by_weight = held_out[np.argsort(run.dataset.targets[held_out].numpy(), kind="stable")]
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
-        photos = [run.dataset.open(row) for row in rows]
-        weigh = [functools.partial(batches.weigh, model, run.dataset.metadata[row]) for row in rows]
-        heats = list(map(plant.heat_map, photos, weigh))
-        result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(np.stack(heats))}
+        photos, metadata = [run.dataset.open(row) for row in rows], run.dataset.metadata[rows]
+        heats = plant.heat_maps(photos, lambda hidden, of: tm.weigh(model, batches, hidden, metadata[of]))
+        result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(heats)}
     return result
 
 

@@ -12,7 +12,6 @@ time (growth.py reads them), predicted_g, low_g, high_g, note and traits of the 
 cross_validate.py. A photo that cannot be read has the reason in its note; the exit status is then 1.
 """
 
-import functools
 import importlib.util
 import logging
 import math
@@ -243,14 +242,16 @@ def explain(table, checkpoint, batches, args):
     """Draw where the model looks, on a dozen photos over the range of predictions."""
     good = table[table["_fault"] == ""].sort_values("predicted", kind="stable")
     shown = spread(good, SHOWN)
-    metadata, items = torch.from_numpy(reading.encode_metadata(shown, checkpoint.metadata)), []
-    for number, (_, row) in enumerate(shown.iterrows()):
-        photo = reading.open_photo(row["_path"])
-        weigh = functools.partial(batches.weigh, checkpoint.model, metadata[number])
-        title = f"{writing.plain(row['filename'])[-22:]}\npredicted {row['predicted']:.3f} {checkpoint.unit}".rstrip()
-        items.append((photo, plant.heat_map(photo, weigh), title))
-    if items:
-        writing.draw_heat(items, args.explain, checkpoint.unit, args.labels_path)
+    if shown.empty:
+        return
+    metadata = torch.from_numpy(reading.encode_metadata(shown, checkpoint.metadata))
+    photos = [reading.open_photo(path) for path in shown["_path"]]
+    heats = plant.heat_maps(photos, lambda hidden, of: tm.weigh(checkpoint.model, batches, hidden, metadata[of]))
+    titles = [
+        f"{writing.plain(name)[-22:]}\npredicted {predicted:.3f} {checkpoint.unit}".rstrip()
+        for name, predicted in zip(shown["filename"], shown["predicted"], strict=True)
+    ]
+    writing.draw_heat(zip(photos, heats, titles, strict=True), args.explain, checkpoint.unit, args.labels_path)
 
 
 # ---------------------------------------------------------------- export

@@ -159,7 +159,7 @@ RECIPES = {  # flags; one that is given beside --recipe wins
     "all_layers": """--model_name tf_efficientnet_lite0 --image_size 128 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
         --unfreeze_backbone --drop_path 0.2 --head_epochs 40 --epochs 12 --backbone_learning_rate 5e-4
-        --least_steps 75 --lr_schedule cosine --weight_decay 3""",
+        --clip_grad_norm 1 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
 BACKBONE_DECAY = 0.01  # the weight decay of a backbone that learns: what it knows is not to fade
@@ -269,6 +269,14 @@ class BiomassDataset(Dataset):
         if reading.digest(content) != self.contents[row]:
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         return photo
+
+    def of(self, photos, metadata):
+        """The same of Pillow photos (n) that lie in no file, with metadata (n, m); none has traits or a target yet."""
+        other, empty = copy.copy(self), torch.zeros(len(photos), 0)
+        other.contents = np.array([reading.digest(repr(photo.size), photo.tobytes()) for photo in photos], object)
+        other.open, other.paths, other.metadata = photos.__getitem__, other.contents, metadata
+        other.traits, other.targets = {None: empty}, torch.full((len(photos),), torch.nan)
+        return other
 
     def pixels(self, photo, versions=(0,), edit=None, content=""):
         """Versions of a Pillow photo as the backbone takes them: uint8 (len(versions), 3, size, size)."""
@@ -509,6 +517,8 @@ def train_one_epoch(learner, loader, optimizer, loss_function, batches):
         outputs = learner(inputs.to(device), *(part.to(device) for part in beside))
         targets = targets.to(device)
         batches.accelerator.backward(loss_function(outputs, model.to_loss_unit(targets)[:, None].expand_as(outputs)))
+        if batches.args.clip_grad_norm:
+            batches.accelerator.clip_grad_norm_(learner.parameters(), batches.args.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         errors = model.to_grams(outputs.detach()).mean(1) - targets
@@ -517,16 +527,26 @@ def train_one_epoch(learner, loader, optimizer, loss_function, batches):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, batches):
-    """Predictions float64 (n,) and targets float32 (n,) of the rows of a loader, in the target's unit."""
+def evaluate(model, loader, batches, engine=None):
+    """Predictions float64 (n,) and targets float32 (n,) of the rows of a loader, in the target's unit.
+
+    `engine` runs a backbone that learns, as it is now; without one it is made.
+    """
     model.eval()
-    engine, device, predictions, measured = batches.engine_of(model), batches.accelerator.device, [], []
+    device, predictions, measured = batches.accelerator.device, [], []
+    engine = engine or batches.engine_of(model)
     with features.threads(reading.cores()):  # of eight versions a row there is work for all of them
         for inputs, *beside, targets in loader:
             predicted = model.predict(batches.see(inputs, engine), *(part.to(device) for part in beside))
             predictions.append(batches.gather(predicted))
             measured.append(batches.gather(targets.to(device)))
     return torch.cat(predictions).double(), torch.cat(measured)
+
+
+def weigh(model, batches, photos, metadata):
+    """Predictions float64 (n,) of n Pillow photos with metadata (n, m), just as of rows; the store keeps features."""
+    own = batches.of(photos, metadata)
+    return evaluate(model, own.judge(np.arange(len(photos))), own)[0].cpu().numpy()
 
 
 def fit(model, batches, split, progress, name="", epochs=None):
@@ -576,12 +596,12 @@ def fit(model, batches, split, progress, name="", epochs=None):
 
 def validate(model, batches, split, row):
     """Balance the model, and note its errors on the rows to validate on in the epoch's `row`; returns predictions."""
-    learn, watch = split
+    (learn, watch), engine = split, batches.engine_of(model)  # one for both, as it takes seconds to make
     if model.target_transform in BENDS:
-        model.balance(*evaluate(model, batches.train(learn, row["epoch"], passes=1), batches))
+        model.balance(*evaluate(model, batches.train(learn, row["epoch"], passes=1), batches, engine))
     if not len(watch):
         return None
-    predictions, measured = evaluate(model, batches.judge(watch), batches)
+    predictions, measured = evaluate(model, batches.judge(watch), batches, engine)
     row["val_loss"] = float(nn.functional.mse_loss(predictions, measured.double()))
     row["val_rmse"] = math.sqrt(row["val_loss"])
     return predictions
@@ -801,6 +821,7 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
 RATE = "of the backbone, and after --head_epochs of the head too (default: --learning_rate)"
+CLIP = "largest norm of a step's gradients, all together: longer ones are shortened to it (default: none is)"
 DROP_PATH = """where layers of the backbone learn: share of a step's photos that skip a block at its end, fewer skip
     earlier ones (stochastic depth, Huang et al. 2016; default: as the library has it)"""
 HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
@@ -838,6 +859,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--least_steps", type=number(int, 0), default=0, help=STEPS)
     add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     add("--backbone_learning_rate", type=positive, help=RATE)
+    add("--clip_grad_norm", type=positive, help=CLIP)
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, on the head; the backbone's is 0.01")
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)

@@ -6,6 +6,7 @@ under a key made of all that shapes them -> Batches, which hold the photos thems
 
 import ast
 import contextlib
+import copy
 import difflib
 import functools
 import importlib.metadata
@@ -20,7 +21,6 @@ import textwrap
 import time
 import warnings
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -547,17 +547,14 @@ class Batches:
         found = torch.from_numpy(engine([inputs.flatten(0, 1).cpu()])).to(self.accelerator.device)
         return found.view(*inputs.shape[:2], -1)
 
-    @torch.inference_mode()
-    def weigh(self, model, metadata, photos):
-        """Predictions (n,) of n Pillow photos, whose metadata (m,) are alike, just as of rows."""
-        versions, device, traits = self.dataset.augmentation.predicted, self.accelerator.device, torch.zeros(1, 0)
-        with ThreadPoolExecutor(reading.cores()) as pool:
-            inputs = torch.stack(list(pool.map(lambda photo: self.dataset.pixels(photo, versions), photos)))
-            if len(model.trait_mean):
-                traits = torch.from_numpy(np.stack(list(pool.map(plant.measure_traits, photos))))
-        found = self.see(inputs, self.engine_of(model) or self.engine)
-        beside = (part.expand(len(photos), -1).to(device) for part in (traits[:, : len(plant.TRAITS)], metadata))
-        return model.eval().predict(found, *beside).cpu().numpy()
+    def of(self, photos, metadata):
+        """The same of Pillow photos (n) that lie in no file, with metadata (n, m), ready to be judged."""
+        own, rows = copy.copy(self), np.arange(len(photos))
+        own.dataset = self.dataset.of(photos, metadata)
+        if self.dataset.traits[None].shape[1]:
+            own.dataset.traits[None] = own.traits(rows, None)
+        own.collect(rows[:0], rows)
+        return own
 
     def features(self, model, rows):
         """Features (len(rows), width) of the photos as they are, by the model as it is now."""

@@ -213,12 +213,22 @@ def turns(centre):
 # ---------------------------------------------------------------- where a model looks
 
 
-def heat_map(photo, weigh):
-    """What hiding each of PATCHES x PATCHES parts takes from a photo's prediction, in its unit.
+def heat_maps(photos, weigh):
+    """What hiding each of PATCHES x PATCHES parts takes from a photo's prediction, in its unit: (n, PATCHES, PATCHES).
 
-    Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV), by the same photo
-    without its plant, turned by 180 degrees: a flat patch would be something that no photo shows. `photo` is a Pillow
-    image, weigh predicts (n,) from n of them.
+    Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV). `photos` are n
+    Pillow images; weigh predicts (k,) from k images and the numbers (k,) of the photos that they were made of.
+    """
+    hidden = [hide_patches(photo) for photo in photos]
+    predicted = weigh(list(itertools.chain(*hidden)), np.arange(len(photos)).repeat(PATCHES**2 + 1))
+    predicted = np.reshape(predicted, (len(photos), -1))
+    return (predicted[:, -1:] - predicted[:, :-1]).reshape(-1, PATCHES, PATCHES)
+
+
+def hide_patches(photo):
+    """The photo with each of its patches hidden in turn, and at last whole.
+
+    A patch is hidden by the photo without its plant, turned by 180 degrees: a flat one is nothing that photos show.
     """
     whole = shrink(photo, MOST_SIDE)
     other = erase_plant(whole).transpose(Image.Transpose.ROTATE_180)
@@ -228,5 +238,4 @@ def heat_map(photo, weigh):
         box = across[column], down[row], across[column + 1], down[row + 1]
         hidden.append(whole.copy())
         hidden[-1].paste(other.crop(box), box)
-    predicted = weigh([*hidden, whole])
-    return (predicted[-1] - predicted[:-1]).reshape(PATCHES, PATCHES)
+    return [*hidden, whole]

@@ -84,8 +84,15 @@ def test_erasing_takes_the_plant_and_nothing_else():
 
 def test_a_heat_map_is_positive_where_hiding_takes_from_the_prediction():
     photo = Image.fromarray(np.random.default_rng(0).integers(60, 90, (160, 160, 3), dtype=np.uint8))
+    bare = photo.copy()
     photo.paste((60, 180, 60), (102, 22, 118, 38))  # in the patch of row 1, column 5
-    heat = plant.heat_map(photo, lambda photos: np.array([plant.green_area(photo) for photo in photos]))
+
+    def weigh(photos, of):
+        assert of.tolist() == [0] * 65 + [1] * 65
+        return np.array([plant.green_area(photo) for photo in photos])
+
+    without, heat = plant.heat_maps([bare, photo], weigh)
+    assert not without.any()
     assert np.unravel_index(heat.argmax(), heat.shape) == (1, 5)
     assert heat[1, 5] == pytest.approx(plant.green_area(photo)) and np.abs(np.delete(heat, 13)).max() < 1e-6
 

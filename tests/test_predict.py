@@ -289,7 +289,7 @@ with conftest.quick():
 """
 
 
-def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys):
+def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys, monkeypatch):
     flags = ["--augmentation", "none", "--epochs", 1]
     command = [sys.executable, "-c", AS_SCRIPT, *flags_of(drawn, tmp_path / "out", *flags)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -297,9 +297,15 @@ def test_photos_that_the_store_holds_are_not_seen_again(drawn, tmp_path, capsys)
     known = len(pd.read_excel(drawn / SHEET).dropna(subset=TARGET))
     train(drawn, tmp_path / "again", *flags)  # as a module, by another name than the script's own
     assert f"features: {known} found, 0 to compute" in capsys.readouterr().out
+    monkeypatch.setattr(predict, "SHOWN", 2)
+    more = ["--cache_dir", tmp_path / "cache", "--explain", tmp_path / "heat.png"]
     for found in (known, 60):
-        weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, "--cache_dir", tmp_path / "cache")
-        assert f"features: {found} found, {60 - found} to compute" in capsys.readouterr().out
+        weigh(tmp_path / "out" / "model.pt", tmp_path / "p.csv", drawn / PHOTOS, *more)
+        printed = capsys.readouterr().out
+        assert f"features: {found} found, {60 - found} to compute" in printed
+        # of the two heat maps: 64 hidden patches and the photo itself
+        assert ("features: 130 found, 0 to compute" in printed) == (found == 60)
+    assert np.asarray(Image.open(tmp_path / "heat.png").convert("L")).std() > 20
 
 
 def test_a_model_of_bf16_on_a_processor_without_it_says_what_that_costs(drawn, judged, tmp_path, capsys, monkeypatch):

@@ -63,7 +63,7 @@ def test_a_prediction_is_the_mean_over_eight_with_the_traits_of_its_own_photo(dr
     this = prepared(drawn, tmp_path / "out", *WITH_TRAITS)[1]
     with quick():  # what heat maps and erased photos are weighed by
         photos = [reading.open_photo(drawn / PHOTOS / name) for name in table.index[:3]]
-        weighed = this.batches.weigh(model, torch.zeros(0), photos)
+        weighed = tm.weigh(model, this.batches, photos, torch.zeros(3, 0))
     assert weighed.tolist() == pytest.approx(by_hand[:3], abs=1e-5)
 
 
