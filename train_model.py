@@ -159,7 +159,7 @@ RECIPES = {  # flags; one that is given beside --recipe wins
     "all_layers": """--model_name tf_efficientnet_lite0 --image_size 128 --features last stages traits
         --standardize_features --target_transform sqrt --augmentation symmetries --dropout 0
         --unfreeze_backbone --drop_path 0.2 --head_epochs 40 --epochs 12 --backbone_learning_rate 5e-4
-        --clip_grad_norm 1 --least_steps 75 --lr_schedule cosine --weight_decay 3""",
+        --least_steps 75 --lr_schedule cosine --weight_decay 3""",
 }
 AUGMENTATIONS = {"study": StudyAugmentation, "symmetries": Symmetries, "none": Augmentation}
 BACKBONE_DECAY = 0.01  # the weight decay of a backbone that learns: what it knows is not to fade
@@ -517,8 +517,6 @@ def train_one_epoch(learner, loader, optimizer, loss_function, batches):
         outputs = learner(inputs.to(device), *(part.to(device) for part in beside))
         targets = targets.to(device)
         batches.accelerator.backward(loss_function(outputs, model.to_loss_unit(targets)[:, None].expand_as(outputs)))
-        if batches.args.clip_grad_norm:
-            batches.accelerator.clip_grad_norm_(learner.parameters(), batches.args.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         errors = model.to_grams(outputs.detach()).mean(1) - targets
@@ -821,7 +819,6 @@ AUGMENTATION = """study: flip, rotation, jitter; symmetries: quarter turns and m
 VIEWS = """versions of each training photo that the study's augmentation keeps where the backbone is frozen: pass p over
     the photos trains on version (p - 1) mod this; 0: a new one in every pass"""
 RATE = "of the backbone, and after --head_epochs of the head too (default: --learning_rate)"
-CLIP = "largest norm of a step's gradients, all together: longer ones are shortened to it (default: none is)"
 DROP_PATH = """where layers of the backbone learn: share of a step's photos that skip a block at its end, fewer skip
     earlier ones (stochastic depth, Huang et al. 2016; default: as the library has it)"""
 HEAD = "where layers of the backbone learn: passes before, in which the head learns alone, on features of the store"
@@ -859,7 +856,6 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--least_steps", type=number(int, 0), default=0, help=STEPS)
     add("--learning_rate", type=positive, default=1e-3, help="of AdamW")
     add("--backbone_learning_rate", type=positive, help=RATE)
-    add("--clip_grad_norm", type=positive, help=CLIP)
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW, on the head; the backbone's is 0.01")
     add("--lr_schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 at the end")
     add("--patience", type=number(int, 0), default=0, help=PATIENCE)

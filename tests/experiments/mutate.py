@@ -63,8 +63,6 @@ CHANGES = [
      "recipe: eight_symmetries"),
     (FEATURES, "net = make(**{flag: drop_path})", "net = make(**{flag: 1e-9})",
      "--drop_path is not obeyed", "train_model: drop_path"),
-    (TRAIN, "if batches.args.clip_grad_norm:", "if False:", "--clip_grad_norm is not obeyed",
-     "train_model: plain_loop"),
     (FEATURES, "        if conv.training:", "        if False:", "depthwise convolutions learn in bf16",
      "train_model: autocast"),
     (TRAIN, "predicted = tuple(range(8))", "predicted = (0,)", "a prediction is of one version in place of eight",
