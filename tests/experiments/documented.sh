@@ -22,9 +22,9 @@ real_set() {  # real_set NAME FOLDER TARGET GROUP: judge a set of real photos, o
     hide "$1"
 }
 
-fifth_of_pigs() {  # fifth_of_pigs NAME RECIPE: the study's split of the pigs
-    python train_model.py --recipe "$2" --labels_path "$real/pigs/labels.csv" --image_dir "$real/pigs/images" \
-        --target weight_kg --group_by pig $(at "$1")
+real_fifth() {  # real_fifth NAME RECIPE FOLDER TARGET GROUP: the study's split of a set of real photos
+    python train_model.py --recipe "$2" --labels_path "$real/$3/labels.csv" --image_dir "$real/$3/images" \
+        --target "$4" --group_by "$5" $(at "$1")
     hide "$1"
 }
 
@@ -57,8 +57,10 @@ python tests/experiments/benchmark.py $full
 python train_model.py $full $recommended $(at drawn_fifth)
 python train_model.py $full --recipe all_layers $(at all_layers)
 if [ -n "$real" ]; then
-    fifth_of_pigs pigs_fifth recommended
-    fifth_of_pigs pigs_fifth_all_layers all_layers
+    real_fifth pigs_fifth recommended pigs weight_kg pig
+    real_fifth pigs_fifth_all_layers all_layers pigs weight_kg pig
+    real_fifth food_fifth recommended ecustfd weight_g item
+    real_fifth food_fifth_all_layers all_layers ecustfd weight_g item
 fi
 python tests/experiments/held_out.py ${real:+--real "$real"}
 python tests/experiments/scale.py
