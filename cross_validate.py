@@ -74,7 +74,7 @@ def judge_fold(run, args, split, name):
         by_weight = held_out[np.argsort(run.dataset.targets[held_out].numpy(), kind="stable")]
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
         photos, metadata = [run.dataset.open(row) for row in rows], run.dataset.metadata[rows]
-        heats = plant.heat_maps(photos, lambda hidden, of: tm.weigh(model, batches, hidden, metadata[of]))
+        heats = plant.heat_maps(photos, lambda hidden, whole: tm.weigh(model, batches, hidden, metadata[whole]))
         result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(heats)}
     return result
 
@@ -561,7 +561,7 @@ def set_older_apart(args):
 def cross_validate(argv, started):
     """The whole run, from the flags to the report; returns the exit status."""
     args = tm.parse_arguments(build_parser(), argv)
-    run = tm.prepare("cross_validate.py", argv, args, started, recipe=[judge_fold, train_on_all])
+    run = tm.prepare("cross_validate.py", argv, args, started, recipe=[judge_fold, train_on_all, tm.weigh])
     splits, rows, done = folds_by_plant(run.labels, args), np.arange(len(run.labels)), run.progress.results
     writing.open_log(args.log_path, append=bool(done or run.progress.states))
     tm.log_run(run.description)

@@ -246,12 +246,14 @@ def explain(table, checkpoint, batches, args):
         return
     metadata = torch.from_numpy(reading.encode_metadata(shown, checkpoint.metadata))
     photos = [reading.open_photo(path) for path in shown["_path"]]
-    heats = plant.heat_maps(photos, lambda hidden, of: tm.weigh(checkpoint.model, batches, hidden, metadata[of]))
+    heats = plant.heat_maps(photos, lambda hidden, whole: tm.weigh(checkpoint.model, batches, hidden, metadata[whole]))
     titles = [
         f"{writing.plain(name)[-22:]}\npredicted {predicted:.3f} {checkpoint.unit}".rstrip()
         for name, predicted in zip(shown["filename"], shown["predicted"], strict=True)
     ]
-    writing.draw_heat(zip(photos, heats, titles, strict=True), args.explain, checkpoint.unit, args.labels_path)
+    if batches.accelerator.is_main_process:
+        items = list(zip(photos, heats, titles, strict=True))
+        writing.draw_heat(items, args.explain, checkpoint.unit, args.labels_path)
 
 
 # ---------------------------------------------------------------- export
@@ -394,8 +396,8 @@ def predict(argv, started):
             write_table(table, traits, checkpoint, args)
             if args.sheet:
                 draw_sheet(table, checkpoint, args)
-            if args.explain:
-                explain(table, checkpoint, batches, args)
+        if args.explain:  # by all processes
+            explain(table, checkpoint, batches, args)
     if args.export and accelerator.is_main_process:
         export(checkpoint, args.export)
     return int(unreadable and accelerator.is_main_process)  # else torchrun ends it while it still writes

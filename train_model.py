@@ -270,12 +270,13 @@ class BiomassDataset(Dataset):
             raise UserError(f"the photo {self.paths[row]} was replaced during the run: start it again")
         return photo
 
-    def of(self, photos, metadata):
-        """The same of Pillow photos (n) that lie in no file, with metadata (n, m); none has traits or a target yet."""
+    def of_photos(self, photos, metadata):
+        """A dataset of n Pillow photos that lie in no file, with metadata (n, m), to be judged: it knows no targets."""
         other, empty = copy.copy(self), torch.zeros(len(photos), 0)
         other.contents = np.array([reading.digest(repr(photo.size), photo.tobytes()) for photo in photos], object)
         other.open, other.paths, other.metadata = photos.__getitem__, other.contents, metadata
         other.traits, other.targets = {None: empty}, torch.full((len(photos),), torch.nan)
+        other.num_workers = 0  # as there is nothing to decode
         return other
 
     def pixels(self, photo, versions=(0,), edit=None, content=""):
@@ -543,8 +544,11 @@ def evaluate(model, loader, batches, engine=None):
 
 def weigh(model, batches, photos, metadata):
     """Predictions float64 (n,) of n Pillow photos with metadata (n, m), just as of rows; the store keeps features."""
-    own = batches.of(photos, metadata)
-    return evaluate(model, own.judge(np.arange(len(photos))), own)[0].cpu().numpy()
+    own = batches.of_photos(photos, metadata)
+    predicted = evaluate(model, own.judge(np.arange(len(photos))), own)[0].numpy()
+    if model.learns:
+        batches.accelerator.free_memory()  # which else keeps the photos
+    return predicted
 
 
 def fit(model, batches, split, progress, name="", epochs=None):
@@ -594,7 +598,7 @@ def fit(model, batches, split, progress, name="", epochs=None):
 
 def validate(model, batches, split, row):
     """Balance the model, and note its errors on the rows to validate on in the epoch's `row`; returns predictions."""
-    (learn, watch), engine = split, batches.engine_of(model)  # one for both, as it takes seconds to make
+    (learn, watch), engine = split, batches.engine_of(model)  # one for both, as its first use takes seconds
     if model.target_transform in BENDS:
         model.balance(*evaluate(model, batches.train(learn, row["epoch"], passes=1), batches, engine))
     if not len(watch):

@@ -547,10 +547,10 @@ class Batches:
         found = torch.from_numpy(engine([inputs.flatten(0, 1).cpu()])).to(self.accelerator.device)
         return found.view(*inputs.shape[:2], -1)
 
-    def of(self, photos, metadata):
-        """The same of Pillow photos (n) that lie in no file, with metadata (n, m), ready to be judged."""
+    def of_photos(self, photos, metadata):
+        """Batches of n Pillow photos that lie in no file, with metadata (n, m): all rows ready to be judged."""
         own, rows = copy.copy(self), np.arange(len(photos))
-        own.dataset = self.dataset.of(photos, metadata)
+        own.dataset = self.dataset.of_photos(photos, metadata)
         if self.dataset.traits[None].shape[1]:
             own.dataset.traits[None] = own.traits(rows, None)
         own.collect(rows[:0], rows)

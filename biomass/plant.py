@@ -16,6 +16,7 @@ FINEST = 256  # pixels of the longer side within which a plant is looked for
 MOST_SIDE, WIDEN, SOIL_RADIUS = 512, 6, 0.33  # pixels, pixels, share of the frame within which every pot shows soil
 GREY = np.uint8([124, 116, 104])  # the mean of ImageNet
 PATCHES = 8  # a side of a heat map
+TOGETHER = 4  # photos whose heat maps are made at once: the copies of each take up to 70 MB
 
 SIZES = ["area", "hull_area", *(f"eg{100 * green:.0f}_area" for green in GREENER)]  # eg30: more than 0.3
 SIZES += ["perimeter", "long_axis", "short_axis", "box_length", "box_width", "thickness", "mean_thickness"]
@@ -219,9 +220,11 @@ def heat_maps(photos, weigh):
     Occlusion (Zeiler and Fergus 2014, Visualizing and Understanding Convolutional Networks, ECCV). `photos` are n
     Pillow images; weigh predicts (k,) from k images and the numbers (k,) of the photos that they were made of.
     """
-    hidden = [hide_patches(photo) for photo in photos]
-    predicted = weigh(list(itertools.chain(*hidden)), np.arange(len(photos)).repeat(PATCHES**2 + 1))
-    predicted = np.reshape(predicted, (len(photos), -1))
+    predicted = []
+    for some in np.array_split(np.arange(len(photos)), -(-len(photos) // TOGETHER)):
+        hidden = [one for number in some for one in hide_patches(photos[number])]
+        predicted.append(np.reshape(weigh(hidden, some.repeat(PATCHES**2 + 1)), (len(some), -1)))
+    predicted = np.concatenate(predicted)
     return (predicted[:, -1:] - predicted[:, :-1]).reshape(-1, PATCHES, PATCHES)
 
 

@@ -283,7 +283,6 @@ def plot_worst(table, args):
 
 def draw_heat(items, path, unit, labels_path=None):
     """Photos above their heat maps, on one common scale; items are (photo, heat, title)."""
-    items = list(items)
     columns = min(len(items), 6)
     rows = -(-len(items) // columns)
     figure = new_figure(labels_path, (10 * (max(columns, 2) + 1) / 7, 3.8 * rows))

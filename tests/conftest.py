@@ -25,8 +25,9 @@ from filelock import FileLock  # which torch brings
 
 import cross_validate
 import make_sample_data
+import predict
 import train_model
-from biomass import features, reading, writing
+from biomass import features, plant, reading, writing
 
 pd.set_option("io.excel.xlsx.reader", "calamine")  # what the scripts read with; silences pandas' change of default
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +71,32 @@ def flags_of(data, out, *flags):
 def quick(pictures=False):
     """Leave out what takes seconds: the compilation for OpenVINO, which two tests look at, most pictures."""
     with contextlib.ExitStack() as patched:
-        patched.enter_context(mock.patch.object(cross_validate, "SHOWN", 2))
+        for script in (cross_validate, predict):
+            patched.enter_context(mock.patch.object(script, "SHOWN", 2))
         patched.enter_context(mock.patch.object(features, "has_openvino", lambda: False))
         for name in ("plot_curves", "plot_predictions", "plot_worst") if not pictures else ():
             patched.enter_context(mock.patch.object(writing, name, lambda *arguments: None))
         yield
+
+
+@pytest.fixture
+def heat_maps(monkeypatch):
+    """The heat maps that a run draws, and what the photos weigh in them as they are."""
+    real, found = plant.heat_maps, []
+
+    def note(photos, weigh):
+        whole = []
+
+        def noting(hidden, numbers):
+            weights = weigh(hidden, numbers)
+            whole.extend(weights[64::65])
+            return weights
+
+        found[:] = real(photos, noting), whole
+        return found[0]
+
+    monkeypatch.setattr(plant, "heat_maps", note)
+    return found
 
 
 def train(data, out, *flags, script=train_model, pictures=False):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import prepared, quick
+from conftest import prepared, quick, train
 from PIL import Image, ImageEnhance
 
 import cross_validate
@@ -95,6 +95,16 @@ def test_a_heat_map_is_positive_where_hiding_takes_from_the_prediction():
     assert not without.any()
     assert np.unravel_index(heat.argmax(), heat.shape) == (1, 5)
     assert heat[1, 5] == pytest.approx(plant.green_area(photo)) and np.abs(np.delete(heat, 13)).max() < 1e-6
+
+
+@pytest.mark.parametrize("flags", ["--features last traits", "--unfreeze_backbone"])
+def test_heat_maps_weigh_a_whole_photo_as_the_fold_does(flags, drawn, tmp_path, heat_maps):
+    flags = ["--folds", 2, "--epochs", 1, "--metadata_columns", "age_days", *flags.split()]
+    train(drawn, tmp_path / "out", *flags, script=cross_validate)
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv").query("fold == 1").sort_values("measured_g")
+    (heats, whole) = heat_maps
+    assert whole == pytest.approx(table["predicted_g"].iloc[[0, -1]].tolist(), rel=1e-4)
+    assert heats.shape == (2, 8, 8) and heats.std() > 0
 
 
 def test_erased_photos_are_judged_by_their_own_pixels_and_traits(drawn, tmp_path):

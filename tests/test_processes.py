@@ -14,11 +14,11 @@ from conftest import SHEET, START, TARGET, flags_of, train
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 
 
-def torchrun(folder, *flags, start=START):
-    """torchrun of two processes of train_model.py that keep their state after every epoch."""
+def torchrun(folder, *flags, start=START, script="train_model"):
+    """torchrun of two processes of a script that keep their state after every epoch."""
     (folder / "start.py").write_text(start)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(folder / "start.py"), "train_model", *flags]
+    command = [*launcher, str(folder / "start.py"), script, *map(str, flags)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -37,6 +37,20 @@ def test_a_frozen_run_gives_the_metrics_of_a_single_process(drawn, tmp_path):
     assert found["run"]["processes"] == 2 and printed.count("epoch 4/4") == 1 and printed.count("elapsed") == 1
     for name in wanted.keys() - {"run"}:
         assert found[name] == pytest.approx(wanted[name], abs=1e-6), name
+    flags = [
+        "--model",
+        tmp_path / "two" / "model.pt",
+        "--labels_path",
+        drawn / SHEET,
+        "--cache_dir",
+        tmp_path / "cache",
+    ]
+    flags += ["--image_dir", drawn / "images_med_res", "--out", tmp_path / "p.csv", "--explain", tmp_path / "heat.png"]
+    finish(torchrun(tmp_path, *flags, script="predict"))
+    weighed = pd.read_csv(tmp_path / "p.csv").set_index("filename")["predicted_g"]
+    one = pd.read_csv(tmp_path / "one" / "predictions.csv")
+    assert weighed[one["filename"]].tolist() == pytest.approx(one["predicted_g"].tolist(), abs=1e-6)
+    assert (tmp_path / "heat.png").is_file()
 
 
 def test_all_layers_count_each_row_once_and_resume_goes_on_where_a_rank_died(drawn, tmp_path):
