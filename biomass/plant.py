@@ -42,9 +42,12 @@ def excess_green(photo):
 
 def find_plant(photo, threshold=EXCESS_GREEN):
     """Where a photo within FINEST pixels shows plant, without specks below 3 x 3 pixels: bool (height, width)."""
-    from scipy.ndimage import binary_opening
-
-    return binary_opening(excess_green(photo) > threshold, np.ones((3, 3)))
+    mask = excess_green(photo) > threshold
+    for both in (np.logical_and, np.logical_or):  # binary_opening of scipy, which takes 17 times as long
+        rows = np.pad(mask, 1)
+        columns = both(both(rows[:-2], rows[1:-1]), rows[2:])
+        mask = both(both(columns[:, :-2], columns[:, 1:-1]), columns[:, 2:])
+    return mask
 
 
 def shrink(photo, most):
@@ -70,9 +73,10 @@ def measure_traits(photo):
         names |= {"solidity": "solidity", "eccentricity": "eccentricity"}
         table = regionprops_table(mask.astype(np.uint8), properties=[*names, "bbox"])
         found |= {name: table[theirs][0] for theirs, name in names.items()}
-        sides = [table[f"bbox-{place + 2}"][0] - table[f"bbox-{place}"][0] for place in (0, 1)]
-        depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1][mask]
-        found |= {"box_length": max(sides), "box_width": min(sides), "parts": label(mask).max()}
+        top, left, bottom, right = (table[f"bbox-{place}"][0] for place in range(4))
+        box, sides = mask[top:bottom, left:right], (bottom - top, right - left)
+        depth = distance_transform_edt(np.pad(box, 1))[1:-1, 1:-1][box]
+        found |= {"box_length": max(sides), "box_width": min(sides), "parts": label(box).max()}
         found |= {"thickness": depth.max(), "mean_thickness": depth.mean()}
         pixels = np.asarray(small)[mask] / 255
         for channel, values in zip(CHANNELS, np.hstack([rgb2hsv(pixels), rgb2lab(pixels)]).T, strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import prepared, quick, train
 from PIL import Image, ImageEnhance
+from scipy.ndimage import binary_opening, gaussian_filter
 
 import cross_validate
 import make_sample_data
@@ -59,6 +60,16 @@ def test_planted_truth_is_found(kind, least, most, sentence, tmp_path, monkeypat
     assert [group["rows"] for group in metrics["within"]["groups"]] == groups.value_counts().sort_index().tolist()
     picture = np.asarray(Image.open(tmp_path / "out" / "where_it_looks.png").convert("L"))
     assert picture.shape[1] > 350 and picture.std() > 20
+
+
+def test_a_plant_is_what_an_opening_of_the_green_leaves():
+    green = np.random.default_rng(0).normal(size=(60, 80))
+    photo = np.full((60, 80, 3), 90, np.uint8)
+    photo[gaussian_filter(green, 1) > 0.1] = 40, 150, 40
+    photo = Image.fromarray(photo)
+    for threshold in (0.2, 0.5):
+        wanted = binary_opening(plant.excess_green(photo) > threshold, np.ones((3, 3)))
+        assert np.array_equal(plant.find_plant(photo, threshold), wanted) and 500 < wanted.sum() < 2400
 
 
 def test_erasing_takes_the_plant_and_nothing_else():

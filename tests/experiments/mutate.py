@@ -227,6 +227,8 @@ CHANGES = [
      "length is called width", "recipe: traits_are_those and eda"),
     (PLANT, "np.hstack([rgb2hsv(pixels), rgb2lab(pixels)])", "np.hstack([rgb2lab(pixels), rgb2hsv(pixels)])",
      "hue is called lightness", "recipe: traits_are_those and eda"),
+    (PLANT, "(np.logical_and, np.logical_or)", "(np.logical_and, np.logical_and)",
+     "leaves lose their edges to an erosion", "looks_at_plant: opening"),
     (PLANT, "mask = find_plant(small)", "mask = find_plant(small.rotate(180))",
      "traits are measured on another mask", "recipe: traits_are_those and eda"),
     (PLANT, "np.exp(log_grams - log_a - b * log_area).mean()", "1.0",
