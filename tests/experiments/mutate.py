@@ -125,9 +125,11 @@ CHANGES = [
      "heat maps are of one version in place of eight", "recipe: mean_over_eight"),
     (FEATURES, "own.traits(rows, None)", "own.traits(rows, None)[:1].expand(len(rows), -1)",
      "heat maps weigh all photos with the traits of the first", "recipe: mean_over_eight"),
-    (PREDICT, "hidden, metadata[whole])", "hidden, metadata[whole * 0])",
+    (PREDICT, "checkpoint.model, batches, hidden, metadata[whole])",
+     "checkpoint.model, batches, hidden, metadata[whole * 0])",
      "heat maps weigh all photos with the metadata of the first", "predict: whole_photo"),
-    (CROSS, "hidden, metadata[whole])", "hidden, metadata[whole * 0])",
+    (CROSS, "tm.weigh(model, batches, hidden, metadata[whole])",
+     "tm.weigh(model, batches, hidden, metadata[whole * 0])",
      "the folds' heat maps weigh all photos with the metadata of the first", "looks_at_plant: whole_photo"),
     # resume, checkpoint
     (TRAIN, 'range(len(done["history"]) + 1, (epochs', 'range(max(len(done["history"]), 1), (epochs',
