@@ -74,7 +74,7 @@ def judge_fold(run, args, split, name):
         by_weight = held_out[np.argsort(run.dataset.targets[held_out].numpy(), kind="stable")]
         rows = by_weight[np.unique(np.linspace(0, len(by_weight) - 1, SHOWN).astype(int))]
         photos, metadata = [run.dataset.open(row) for row in rows], run.dataset.metadata[rows]
-        heats = plant.heat_maps(photos, lambda hidden, whole: tm.weigh(model, batches, hidden, metadata[whole]))
+        heats = plant.heat_maps(photos, lambda hidden, numbers: tm.weigh(model, batches, hidden, metadata[numbers]))
         result["heats"] = {"rows": torch.from_numpy(rows), "heats": torch.from_numpy(heats)}
     return result
 

@@ -246,7 +246,11 @@ def explain(table, checkpoint, batches, args):
         return
     metadata = torch.from_numpy(reading.encode_metadata(shown, checkpoint.metadata))
     photos = [reading.open_photo(path) for path in shown["_path"]]
-    heats = plant.heat_maps(photos, lambda hidden, whole: tm.weigh(checkpoint.model, batches, hidden, metadata[whole]))
+
+    def weigh(hidden, numbers):
+        return tm.weigh(checkpoint.model, batches, hidden, metadata[numbers])
+
+    heats = plant.heat_maps(photos, weigh)
     titles = [
         f"{writing.plain(name)[-22:]}\npredicted {predicted:.3f} {checkpoint.unit}".rstrip()
         for name, predicted in zip(shown["filename"], shown["predicted"], strict=True)

@@ -98,8 +98,8 @@ def test_a_heat_map_is_positive_where_hiding_takes_from_the_prediction():
     bare = photo.copy()
     photo.paste((60, 180, 60), (102, 22, 118, 38))  # in the patch of row 1, column 5
 
-    def weigh(photos, of):
-        assert of.tolist() == [0] * 65 + [1] * 65
+    def weigh(photos, numbers):
+        assert numbers.tolist() == [0] * 65 + [1] * 65
         return np.array([plant.green_area(photo) for photo in photos])
 
     without, heat = plant.heat_maps([bare, photo], weigh)

@@ -37,15 +37,9 @@ def test_a_frozen_run_gives_the_metrics_of_a_single_process(drawn, tmp_path):
     assert found["run"]["processes"] == 2 and printed.count("epoch 4/4") == 1 and printed.count("elapsed") == 1
     for name in wanted.keys() - {"run"}:
         assert found[name] == pytest.approx(wanted[name], abs=1e-6), name
-    flags = [
-        "--model",
-        tmp_path / "two" / "model.pt",
-        "--labels_path",
-        drawn / SHEET,
-        "--cache_dir",
-        tmp_path / "cache",
-    ]
-    flags += ["--image_dir", drawn / "images_med_res", "--out", tmp_path / "p.csv", "--explain", tmp_path / "heat.png"]
+    flags = ["--model", tmp_path / "two" / "model.pt", "--cache_dir", tmp_path / "cache"]
+    flags += ["--labels_path", drawn / SHEET, "--image_dir", drawn / "images_med_res"]
+    flags += ["--out", tmp_path / "p.csv", "--explain", tmp_path / "heat.png"]
     finish(torchrun(tmp_path, *flags, script="predict"))
     weighed = pd.read_csv(tmp_path / "p.csv").set_index("filename")["predicted_g"]
     one = pd.read_csv(tmp_path / "one" / "predictions.csv")
