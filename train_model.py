@@ -360,7 +360,7 @@ class BiomassModel(nn.Module):
             some = ", ".join(path for path, _ in backbone.net.named_children())
             raise UserError(f"--unfreeze_from {learn_from}: {backbone.name} has nothing to train there; try {some}")
         self.still_norms = False  # whether BatchNorm keeps its statistics where its layer learns
-        self.frozen = paths[: paths.index(learn_from)] if self.learns else paths
+        self.frozen = {*(paths[: paths.index(learn_from)] if self.learns else paths)}
         for path in self.frozen:
             for parameter in backbone.net.get_submodule(path).parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -374,10 +374,9 @@ class BiomassModel(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        for path in self.frozen:
-            self.backbone.net.get_submodule(path).training = False
-        for module in self.backbone.modules():
-            module.training &= not (self.still_norms and isinstance(module, nn.BatchNorm2d))
+        for path, module in self.backbone.net.named_modules():
+            if path in self.frozen or (self.still_norms and isinstance(module, nn.BatchNorm2d)):
+                module.training = False
         return self
 
     def forward(self, inputs, traits, metadata):
@@ -787,7 +786,7 @@ def start_accelerator(args, started):
     if cuda and not on_cpu and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) > torch.cuda.device_count():
         raise UserError(f"more processes than {torch.cuda.device_count()} GPUs: pass --device cpu, or start fewer")
     if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(on_cpu) else "fp32"
+        args.precision = "bf16" if is_faster_in_bf16(on_cpu) else "fp32"
     AcceleratorState._reset_state()  # it is shared by all of a process, and this may be its second run
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -812,6 +811,13 @@ def has_bf16(on_cpu):
     able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have the private check alone
     old = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return bool(old) or any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def is_faster_in_bf16(on_cpu):
+    """Whether that saves time: Intel's processors need AMX for it, by AVX512 alone fp32 is faster."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    by_avx512_alone = "Intel" in able.get("cpu_name", "") and not able.get("amx_bf16")
+    return has_bf16(on_cpu) and not (on_cpu and by_avx512_alone)
 
 
 # ---------------------------------------------------------------- command line
@@ -872,7 +878,7 @@ def build_parser(prog="train_model.py", about=__doc__, results="results", model=
     add("--augment_views", type=number(int, 0), default=4, help=VIEWS)
     add = parser.add_argument_group("speed").add_argument
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the first that is there")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the processor has it")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is faster")
     add("--num_workers", type=number(int, 0), default=0, help="processes that decode photos; 0: threads of this one")
     features.add_cache_flag(add)
     add("--resume", action="store_true", help="go on with the same run, if it was stopped")

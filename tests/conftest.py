@@ -15,7 +15,8 @@ from unittest import mock
 with contextlib.suppress(ValueError):  # outside the main thread
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in their background
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores, and waiting threads of torch take them all
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the cores,
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and threads of torch that wait would keep them busy
 
 import pandas as pd
 import pytest

@@ -1,17 +1,13 @@
 """cross_validate.py: each row predicted once by a model that never saw its plant, and the numbers that follow."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SHEET, START, TARGET, flags_of, outcome, prepared, quick, tensors_of, train
+from conftest import SHEET, TARGET, prepared, quick, tensors_of, train
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -253,27 +249,6 @@ def test_one_photo_in_two_plants_is_left_out_of_training_where_it_is_held_out(dr
     for name in older:  # it would be taken for this run's
         assert not (tmp_path / "out" / f"{name}.png").exists() and f"kept as {name}.older.png" in printed
         assert (tmp_path / "out" / f"{name}.older.png").read_bytes() == b"of an earlier run"
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to all of a console")
-def test_ctrl_c_keeps_the_folds_that_are_done_for_resume(drawn, tmp_path):
-    flags = ["--folds", 2, "--epochs", 60]
-    train(drawn, tmp_path / "whole", *flags, script=cross_validate)
-    command = [sys.executable, "-c", START, "cross_validate", *flags_of(drawn, tmp_path / "out", *flags)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("fold 2/2  epoch 2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert message.count("\n") == 1 and "interrupted" in message and "--resume" in message
-    progress = torch.load(tmp_path / "out" / "model.pt.progress", weights_only=True)
-    assert len(progress["results"]) == 1
-    train(drawn, tmp_path / "out", *flags, "--resume", script=cross_validate)
-    assert not (tmp_path / "out" / "model.pt.progress").exists()
-    assert "fold 1/2  was done before" in (tmp_path / "out" / "training.log").read_text(encoding="utf-8")
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("plants", "photos", "alike"), [(20, 20, 0.4), (34, 2, 0.6), (150, 10, 0.0), (40, 20, 0.9)])

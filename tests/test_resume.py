@@ -19,11 +19,14 @@ import train_model as tm
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="kills are tried on Linux and macOS")
 
-RUNS = {
-    "frozen": ("train_model", "--epochs 40 --lr_schedule cosine --augment_views 2 --metadata_columns age_days"),
-    "cross-validated": ("cross_validate", "--folds 2 --epochs 15 --patience 9 --target_transform log"),
-    "all layers": ("train_model", "--epochs 4 --unfreeze_backbone --head_epochs 2 --batch_size 16"),
-}
+RUNS = {  # script, flags, signal, and the start of the line of the log after which it is sent
+    "frozen": ("train_model", "--epochs 40 --patience 30 --lr_schedule cosine --augment_views 2 "
+               "--metadata_columns age_days", signal.SIGKILL, "epoch "),
+    "all layers": ("train_model", "--epochs 4 --unfreeze_backbone --head_epochs 2 --batch_size 16",
+                   signal.SIGKILL, "epoch "),
+    "cross-validated": ("cross_validate", "--folds 2 --epochs 60 --target_transform log",
+                        signal.SIGINT, "fold 2/2  epoch 2/"),
+}  # fmt: skip
 
 
 def start(script, data, out, *flags):
@@ -33,22 +36,27 @@ def start(script, data, out, *flags):
 
 
 def run(name, data, out):
-    script, flags = RUNS[name]
+    script, flags, *_ = RUNS[name]
     with quick():
         assert importlib.import_module(script).main(flags_of(data, out, *flags.split(), "--resume")) == 0
 
 
-def kill_and_resume(name, data, out, chance):
-    """Kill a run at a random moment of its training, see that its files are whole, and let another end it."""
-    script, flags = RUNS[name]
-    process, moment = start(script, data, out, *flags.split(), "--resume"), chance.uniform(0, 0.2)
+def stop_and_resume(name, data, out, chance):
+    """Stop a run in its training, a kill at a random moment, see that its files are whole, and let another end it."""
+    script, flags, sent, begun = RUNS[name]
+    process = start(script, data, out, *flags.split(), "--resume")
     for line in process.stdout:
-        if "epoch " in line:
+        if line.startswith(begun):
             break
-    time.sleep(moment)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
+    time.sleep(chance.uniform(0, 0.2) if sent == signal.SIGKILL else 0)
+    process.send_signal(sent)
+    message = process.communicate(timeout=60)[1]
+    if sent == signal.SIGINT:
+        assert process.returncode == 130, message
+        assert message.count("\n") == 1 and "interrupted" in message and "--resume" in message
+        assert len(torch.load(out / "model.pt.progress", weights_only=True)["results"]) == 1
+    else:
+        assert process.returncode == -sent, "the run was over before it was killed"
     for path in (*out.glob("*.pt"), *out.glob("*.progress")):
         torch.load(path, weights_only=True)
     for path in out.glob("metrics.txt"):
@@ -57,11 +65,12 @@ def kill_and_resume(name, data, out, chance):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_killed_run_is_resumed_to_the_same_bits(name, drawn, tmp_path, capsys):
+def test_a_stopped_run_is_resumed_to_the_same_bits(name, drawn, tmp_path, capsys):
     run(name, drawn, tmp_path / "undisturbed")
-    kill_and_resume(name, drawn, tmp_path / "killed", random.Random(name))
-    assert "resumed after epoch" in capsys.readouterr().out
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "undisturbed")
+    stop_and_resume(name, drawn, tmp_path / "stopped", random.Random(name))
+    printed = capsys.readouterr().out
+    assert "resumed after epoch" in printed and ("fold 1/2  was done before" in printed) == (name == "cross-validated")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
     assert not list(tmp_path.rglob("*.progress"))
 
 

@@ -365,6 +365,15 @@ def test_autocast_spares_depthwise_convolutions_alone_and_gradients_stay_the_sam
     assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.9
 
 
+def test_bf16_is_taken_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    intel, amd = ({"cpu_name": name, "avx512_bf16": True} for name in ("Intel Xeon", "AMD EPYC"))
+    cases = [({}, False), (intel, False), (intel | {"amx_bf16": True}, True), (amd, True), ({"bf16": True}, True)]
+    for able, faster in cases:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able, raising=False)
+        assert tm.is_faster_in_bf16(on_cpu=True) == faster, able
+
+
 def test_a_last_batch_of_one_photo_is_no_hurdle_and_one_value_is_told(drawn, copied, tmp_path, capsys):
     rows = train(drawn, tmp_path / "count", "--epochs", 1)["train_rows"]
     size = next(size for size in range(2, rows) if rows % size == 1)

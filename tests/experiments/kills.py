@@ -1,4 +1,4 @@
-"""Kill runs at random moments, resume each, and compare what comes out with a run that was never stopped.
+"""Kill runs at random moments, or stop them by Ctrl-C, resume each, and compare the end with an undisturbed run's.
 
 python tests/experiments/kills.py --data_dir sample_data --kills 10
 """
@@ -28,13 +28,13 @@ def main():
     with tempfile.TemporaryDirectory(prefix="kills_") as folder:
         conftest.write_tiny_weights(Path(folder) / "tiny.pth")
         for number in range(args.kills):
-            name, out, log = names[number % len(names)], Path(folder, str(number), "killed"), io.StringIO()
+            name, out, log = names[number % len(names)], Path(folder, str(number), "stopped"), io.StringIO()
             with contextlib.redirect_stdout(log):
                 if name not in wanted:
                     test_resume.run(name, args.data_dir, Path(folder, name, "undisturbed"))
                     wanted[name] = conftest.outcome(Path(folder, name, "undisturbed"))
                 log.truncate(0)
-                test_resume.kill_and_resume(name, args.data_dir, out, chance)
+                test_resume.stop_and_resume(name, args.data_dir, out, chance)
             said = [line for line in log.getvalue().splitlines() if "resumed after" in line or "done before" in line]
             same = conftest.outcome(out) == wanted[name]
             different += not same
