@@ -48,8 +48,8 @@ OTHERS = [  # in recipes.csv and peers.csv
 ]  # fmt: skip
 CHANGES = [  # of the recommended recipe, in recipes.csv
     "20 epochs", "224 px", "320 px", "weight decay 10", "without traits",
-    "target as it is", "target's logarithm", "stages' mean and maximum",
-    "study's augmentation, 4 views", "each feature by its own deviation",
+    "target as it is", "target's logarithm", "study's augmentation, 4 views",
+    "each feature by its own deviation",
 ]  # fmt: skip
 SCRIPTS = {"train_model.py": train_model, "cross_validate.py": cross_validate, "predict.py": predict, "eda.py": eda}
 
