@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +396,8 @@ def run_script(prog, job, argv, resumable=False):
                 handler.close()
     rank = os.environ.get("RANK", "0")
     print(f"{prog}: {message}" if rank == "0" else f"{prog}, process {rank}: {message}", file=sys.stderr)
+    if rank != "0":
+        time.sleep(5)  # as torchrun ends the main process, perhaps before it speaks, where another one ends
     return status
 
 
